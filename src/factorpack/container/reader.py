@@ -1,0 +1,171 @@
+"""A file to its contents, every length checked before it is believed."""
+
+import struct
+import zlib
+from math import prod
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from factorpack.coding.reader import Reader
+from factorpack.coding.records import decode_vectors, decode_weight
+from factorpack.container.layout import (
+    ALIAS,
+    CHECKSUM_BYTES,
+    DTYPES,
+    EXACT,
+    HEAD_BYTES,
+    KEY,
+    MAX_AXES,
+    MAX_INDEX_BYTES,
+    VECTOR,
+    VERSION,
+    WEIGHT,
+    Bill,
+    Contents,
+    TensorBill,
+    Value,
+)
+from factorpack.errors import FormatError
+
+NUMPY_DTYPES = {
+    name: np.dtype("float32" if name == "bfloat16" else name).newbyteorder("<").str for name in DTYPES
+}
+"""How exact tensors are held; bfloat16, which NumPy lacks, as the float32 of equal value."""
+
+
+def _blob(path: Path) -> bytes:
+    try:
+        with safe_open(path, framework="np") as file:
+            version = (file.metadata() or {}).get(KEY)
+            if version is None or list(file.keys()) != [KEY]:
+                raise FormatError(f"{path} is a safetensors file, but not one of Factorpack's")
+            if version.split(".")[0] != VERSION.split(".")[0]:
+                raise FormatError(f"{path} has format version {version}; this reader knows {VERSION}: update factorpack")
+            tensor = file.get_tensor(KEY)
+    except FileNotFoundError as error:
+        raise FormatError(f"{path} does not exist") from error
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path} is damaged, truncated or not a Factorpack file ({error})") from error
+    if tensor.dtype != np.uint8 or tensor.ndim != 1:
+        raise FormatError(f"{path} is a safetensors file, but not one of Factorpack's")
+    return bytes(tensor)
+
+
+def inflate(data: bytes | memoryview, size: int, what: str) -> bytes:
+    """The `size` bytes that raw deflate made `data` of; FormatError where it is otherwise."""
+    packer = zlib.decompressobj(-15)
+    try:
+        out = packer.decompress(bytes(data), size + 1)
+    except zlib.error as error:
+        raise FormatError(f"{what} is damaged ({error})") from error
+    if len(out) != size or packer.unused_data or not packer.eof:
+        raise FormatError(f"{what} is damaged: it does not have the {size} bytes that it should")
+    return out
+
+
+class _Index:
+    """The index, parsed: names, kinds, dtypes and shapes of the stored tensors, aliases, record sizes."""
+
+    def __init__(self, data: bytes) -> None:
+        reader = Reader(data)
+        count, ties = reader.varint("the number of tensors"), reader.varint("the number of ties")
+        self.kinds = bytes(reader.take(count, "the kinds"))
+        if bytes(reader.take(ties, "the kinds")) != bytes([ALIAS]) * ties or any(k >= ALIAS for k in self.kinds):
+            raise FormatError("the index holds kinds of tensors that are unknown")
+        dtypes = bytes(reader.take(count, "the dtypes"))
+        if any(d >= len(DTYPES) for d in dtypes):
+            raise FormatError("the index holds dtypes that are unknown")
+        self.dtypes = [DTYPES[d] for d in dtypes]
+        axes = [reader.varint("the axes") for _ in range(count)]
+        if any(a > MAX_AXES for a in axes):
+            raise FormatError(f"a tensor has more than {MAX_AXES} axes")
+        self.shapes = [tuple(reader.varint("a shape") for _ in range(a)) for a in axes]
+        targets = [reader.varint("a tie") for _ in range(ties)]
+        records = self.kinds.count(WEIGHT) + (VECTOR in self.kinds) + (EXACT in self.kinds)
+        self.sizes = [reader.varint("a record's size") for _ in range(records)]
+        try:
+            text = bytes(reader.take(reader.remaining, "the names")).decode()
+        except UnicodeDecodeError as error:
+            raise FormatError("the names are not UTF-8") from error
+        names = text.split("\n") if count + ties else []
+        if len(names) != count + ties or len(set(names)) != len(names) or any(t >= count for t in targets):
+            raise FormatError("the names of the index do not fit its tensors")
+        self.names = names[:count]
+        self.aliases = {name: self.names[target] for name, target in zip(names[count:], targets, strict=True)}
+
+
+def _record(reader: Reader, size: int, what: str) -> Reader:
+    data = reader.take(size, what)
+    (checksum,) = struct.unpack("<I", reader.take(CHECKSUM_BYTES, f"the checksum of {what}"))
+    if zlib.crc32(data) != checksum:
+        raise FormatError(f"{what} is damaged: its checksum is wrong")
+    return Reader(data)
+
+
+def _end(reader: Reader, what: str) -> None:
+    if reader.remaining:
+        raise FormatError(f"{what} is followed by {reader.remaining} bytes that do not belong there")
+
+
+def _exact(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    return np.frombuffer(data, NUMPY_DTYPES[dtype]).reshape(shape)
+
+
+def read(path: Path) -> tuple[Contents, Bill]:
+    """What the file holds, and where its bytes are.
+
+    Raises FormatError, naming the tensor, where the file is damaged, truncated, of another kind or version.
+    """
+    blob = _blob(path)
+    reader = Reader(blob)
+    stored, size, checksum = struct.unpack("<III", reader.take(HEAD_BYTES, "the head"))
+    if size > MAX_INDEX_BYTES:
+        raise FormatError(f"an index of {size} bytes is larger than {MAX_INDEX_BYTES}")
+    data = inflate(reader.take(stored, "the index"), size, "the index")
+    if zlib.crc32(data) != checksum:
+        raise FormatError("the index is damaged: its checksum is wrong")
+    index = _Index(data)
+    sizes = iter(index.sizes)
+    found: dict[str, Value] = {}
+    bills = []
+    members = {kind: [i for i, k in enumerate(index.kinds) if k == kind] for kind in (WEIGHT, VECTOR, EXACT)}
+    for place in members[WEIGHT]:
+        name, shape = index.names[place], index.shapes[place]
+        try:
+            record = _record(reader, next(sizes), "its record")
+            weight = decode_weight(record, shape)
+            _end(record, "its record")
+        except FormatError as error:
+            raise FormatError(f"{path}: tensor {name}: {error}") from error
+        found[name] = weight
+        bills.append(TensorBill(name, weight.form, shape, {**record.books, "checksums": CHECKSUM_BYTES}))
+    shared = {"index": stored + HEAD_BYTES, "header": path.stat().st_size - len(blob), "checksums": 0}
+    if members[VECTOR]:
+        size = next(sizes)
+        record = _record(reader, size, "the record of the small tensors")
+        vectors = decode_vectors(record, [index.shapes[i] for i in members[VECTOR]])
+        _end(record, "the record of the small tensors")
+        found |= {index.names[i]: v for i, v in zip(members[VECTOR], vectors, strict=True)}
+        shared["small tensors"] = size
+        shared["checksums"] += CHECKSUM_BYTES
+    if members[EXACT]:
+        size = next(sizes)
+        record = _record(reader, size, "the record of the exact tensors")
+        lengths = [prod(index.shapes[i]) * np.dtype(NUMPY_DTYPES[index.dtypes[i]]).itemsize for i in members[EXACT]]
+        raw = inflate(record.take(size, "the exact tensors"), sum(lengths), "the record of the exact tensors")
+        start = 0
+        for place, length in zip(members[EXACT], lengths, strict=True):
+            found[index.names[place]] = _exact(raw[start : start + length], index.dtypes[place], index.shapes[place])
+            start += length
+        shared["exact tensors"] = size
+        shared["checksums"] += CHECKSUM_BYTES
+    _end(reader, "the last record")
+    dtypes = dict(zip(index.names, index.dtypes, strict=True))
+    contents = Contents(
+        {name: found[name] for name in index.names},
+        dtypes | {alias: dtypes[target] for alias, target in index.aliases.items()},
+        index.aliases,
+    )
+    return contents, Bill(tuple(bills), shared, path.stat().st_size)

@@ -1,0 +1,100 @@
+"""Contents to a file."""
+
+import os
+import struct
+import tempfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
+
+from factorpack.coding.reader import append_varint
+from factorpack.coding.records import encode_vectors, encode_weight
+from factorpack.container.layout import ALIAS, DTYPES, EXACT, KEY, VECTOR, VERSION, WEIGHT, Contents, Value
+from factorpack.errors import FactorpackError
+from factorpack.factors import FactoredVector, FactoredWeight
+
+
+def deflate(data: bytes) -> bytes:
+    """Raw deflate at its highest level: without the header and checksum of zlib."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return packer.compress(data) + packer.flush()
+
+
+def _kind(value: Value) -> int:
+    if isinstance(value, FactoredWeight):
+        return WEIGHT
+    return VECTOR if isinstance(value, FactoredVector) else EXACT
+
+
+def _shape(value: Value) -> tuple[int, ...]:
+    if isinstance(value, FactoredWeight):
+        return value.tiling.shape
+    return value.shape
+
+
+def to_bytes(contents: Contents, records: Sequence[bytes] | None = None) -> bytes:
+    """The whole file; `records` are those of the weights in their order where they are at hand already."""
+    weights = [v for v in contents.tensors.values() if isinstance(v, FactoredWeight)]
+    vectors = [v for v in contents.tensors.values() if isinstance(v, FactoredVector)]
+    exact = [v for v in contents.tensors.values() if isinstance(v, np.ndarray)]
+    parts = [encode_weight(w) for w in weights] if records is None else list(records)
+    if vectors:
+        parts.append(encode_vectors(vectors))
+    if exact:
+        parts.append(deflate(b"".join(np.ascontiguousarray(v).tobytes() for v in exact)))
+    stored = deflate(index := _index(contents, [len(part) for part in parts]))
+    blob = bytearray(struct.pack("<III", len(stored), len(index), zlib.crc32(index)))
+    blob += stored
+    for part in parts:
+        blob += part + struct.pack("<I", zlib.crc32(part))
+    return save({KEY: np.frombuffer(bytes(blob), np.uint8)}, metadata={KEY: VERSION})
+
+
+def _index(contents: Contents, sizes: Sequence[int]) -> bytes:
+    """Columns of like values, which deflate well: kinds, dtypes, axes, sizes, names."""
+    out = bytearray()
+    names = [*contents.tensors, *contents.aliases]
+    append_varint(out, len(contents.tensors))
+    append_varint(out, len(contents.aliases))
+    out += bytes(_kind(v) for v in contents.tensors.values()) + bytes([ALIAS]) * len(contents.aliases)
+    out += bytes(DTYPES.index(contents.dtypes[name]) for name in contents.tensors)
+    for value in contents.tensors.values():
+        append_varint(out, len(_shape(value)))
+    for value in contents.tensors.values():
+        for size in _shape(value):
+            append_varint(out, size)
+    places = {name: place for place, name in enumerate(contents.tensors)}
+    for target in contents.aliases.values():
+        append_varint(out, places[target])
+    for size in sizes:
+        append_varint(out, size)
+    out += "\n".join(names).encode()
+    return bytes(out)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Writes `data` to a temporary sibling, syncs it and renames it: nobody ever sees half a file.
+
+    Raises FactorpackError where the folder is missing or the disk full; the old file then stays.
+    """
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    except OSError as error:
+        raise FactorpackError(f"cannot write {path}: {error.strerror}; does the folder exist, and may you?") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files for the owner alone; a model file is as public as the user's others.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, path)
+    except OSError as error:
+        raise FactorpackError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        Path(name).unlink(missing_ok=True)

@@ -1,0 +1,213 @@
+"""The values at rest: a weight as integer factors and steps, NumPy only.
+
+Letters: d rows along the basis, k rank, N tiles.
+
+    W = untile( diag(s_B) · (B · Z) · diag(s_Z) )
+
+B and Z hold integers; s_B is one step for the matrix or one a row of B, s_Z one for the matrix or one a
+column of Z. Nothing else is scaled, so the product is exact in integers and the last scaling rounds
+once: every machine decodes the same float32 values. (Layout of the steps: Kuzmin et al. 2022, eq. 5-6.)
+
+A step is stored as an integer exponent e and is worth 2^(e/64).
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from math import isqrt
+
+import numpy as np
+
+from factorpack._shapes import Float32, Float64, Int32
+from factorpack.errors import MismatchError
+from factorpack.tiling import Tiling
+
+STEPS_PER_OCTAVE = 64
+FRACTION_BITS = 30
+EXPONENT_LIMIT = 120 * STEPS_PER_OCTAVE
+INTEGER_LIMIT = 2**24
+
+
+@cache
+def octave() -> tuple[int, ...]:
+    """round-down(2^30 · 2^(i/64)) for i in 0..63, by integer square roots alone: the same on every machine."""
+    wide = 1 << 120
+    roots = [2 * wide]
+    for _ in range(6):
+        roots.append(isqrt(roots[-1] * wide))
+    table = []
+    for index in range(STEPS_PER_OCTAVE):
+        value = wide
+        for bit in range(6):
+            if index >> bit & 1:
+                value = value * roots[6 - bit] >> 120
+        table.append(value >> (120 - FRACTION_BITS))
+    return tuple(table)
+
+
+def steps_of(exponents: Int32[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
+    """2^(e/64) as float64, exact to the table of `octave`; any shape."""
+    table = np.array(octave(), np.float64)
+    return np.asarray(np.ldexp(table[exponents % STEPS_PER_OCTAVE], exponents // STEPS_PER_OCTAVE - FRACTION_BITS))
+
+
+def exponents_of(steps: Float64[np.ndarray, "..."]) -> Int32[np.ndarray, "..."]:
+    """The exponents whose steps are nearest to positive `steps` in the logarithm."""
+    exponents = np.rint(np.log2(steps) * STEPS_PER_OCTAVE)
+    return np.clip(exponents, -EXPONENT_LIMIT, EXPONENT_LIMIT).astype(np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """A quantiser: integers in low..high and the exponents of its steps, (1,) for the matrix or one a line."""
+
+    low: int
+    high: int
+    exponents: Int32[np.ndarray, " lines"]
+
+    def __post_init__(self) -> None:
+        if not -INTEGER_LIMIT <= self.low <= self.high <= INTEGER_LIMIT:
+            raise MismatchError(f"a grid of {self.low}..{self.high} is empty or wider than ±{INTEGER_LIMIT}")
+        if self.exponents.ndim != 1 or not self.exponents.size:
+            raise MismatchError(f"a grid has one exponent or one a line, not shape {self.exponents.shape}")
+        if int(np.abs(self.exponents).max()) > EXPONENT_LIMIT:
+            raise MismatchError(f"a step's exponent lies outside ±{EXPONENT_LIMIT}")
+
+    @property
+    def steps(self) -> Float64[np.ndarray, " lines"]:
+        return steps_of(self.exponents)
+
+
+def _checked(integers: Int32[np.ndarray, "..."], grid: Grid, lines: int, what: str) -> None:
+    if integers.size and (integers.min() < grid.low or integers.max() > grid.high):
+        raise MismatchError(f"{what} hold integers outside their grid {grid.low}..{grid.high}")
+    if grid.exponents.size not in (1, lines):
+        raise MismatchError(f"{what} have {grid.exponents.size} steps where 1 or {lines} are expected")
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """The dense, quantised factor: integers (d, k), steps for the matrix or one a row.
+
+    `integers` is None for the identity, which form `direct` has and does not store; its grid then carries
+    the steps of the rows.
+    """
+
+    integers: Int32[np.ndarray, "d k"] | None
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        if self.integers is not None:
+            _checked(self.integers, self.grid, self.integers.shape[0], "the basis")
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """The sparse, quantised factor: integers (k, N), steps for the matrix or one a column."""
+
+    integers: Int32[np.ndarray, "k N"]
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        _checked(self.integers, self.grid, self.integers.shape[1], "the codes")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.integers.shape[0], self.integers.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class OneHotCodes:
+    """Codes with a single one in each column: `indices` (N,) of the codewords, `rank` k of them."""
+
+    indices: Int32[np.ndarray, " N"]
+    rank: int
+
+    def __post_init__(self) -> None:
+        if self.indices.size and (self.indices.min() < 0 or self.indices.max() >= self.rank):
+            raise MismatchError(f"the codes point outside the {self.rank} codewords")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rank, self.indices.size
+
+
+@dataclass(frozen=True, eq=False)
+class FactoredWeight:
+    """A weight tensor as `untile(B·Z)`.
+
+    Raises MismatchError where the shapes of tiling, basis and codes do not meet, or where the exact
+    product could leave the integers that float64 holds.
+    """
+
+    form: str
+    tiling: Tiling
+    basis: Basis
+    codes: Codes | OneHotCodes
+
+    def __post_init__(self) -> None:
+        depth, count = self.tiling.tiled_shape
+        rank, columns = self.codes.shape
+        basis = (depth, depth) if self.basis.integers is None else self.basis.integers.shape
+        if basis != (depth, rank) or columns != count:
+            raise MismatchError(
+                f"a basis {basis} and codes {(rank, columns)} do not make tiles {(depth, count)} of {self.tiling.shape}"
+            )
+        if self.basis.grid.exponents.size not in (1, depth):
+            raise MismatchError(f"the basis has {self.basis.grid.exponents.size} steps where 1 or {depth} are expected")
+        if isinstance(self.codes, Codes) and self.basis.integers is not None and self.product_bound >= 2**53:
+            raise MismatchError("the product of basis and codes is too large to be exact")
+
+    @property
+    def product_bound(self) -> int:
+        """No entry of the integer product B·Z is larger than this."""
+        basis = self.basis.grid
+        largest = 1 if self.basis.integers is None else max(abs(basis.low), abs(basis.high))
+        if isinstance(self.codes, OneHotCodes):
+            return largest
+        codes = max(abs(self.codes.grid.low), abs(self.codes.grid.high))
+        return largest * codes * (1 if self.basis.integers is None else self.codes.shape[0])
+
+    def tiles(self) -> Float32[np.ndarray, "d N"]:
+        """The recombined matrix, float32."""
+        basis = self.basis.integers
+        if isinstance(self.codes, OneHotCodes):
+            assert basis is not None
+            product = basis[:, self.codes.indices].astype(np.float64)
+            columns = np.ones(1)
+        else:
+            codes = self.codes.integers.astype(np.float64)
+            # Integers below 2^53: exact in float64 in whatever order a machine adds them.
+            product = codes if basis is None else basis.astype(np.float64) @ codes
+            columns = self.codes.grid.steps
+        # Rounded to float32 first, so that steps times steps is exact in float64 and one rounding remains.
+        rows = np.asarray(self.basis.grid.steps, np.float32).astype(np.float64)
+        columns = np.asarray(columns, np.float32).astype(np.float64)
+        return np.asarray(product * (rows[:, None] * columns[None, :]), np.float32)
+
+    def tensor(self) -> Float32[np.ndarray, "..."]:
+        """The weight in its own shape, float32."""
+        return self.tiling.untile(self.tiles())
+
+
+@dataclass(frozen=True, eq=False)
+class FactoredVector:
+    """A small tensor on a grid of its own: `values = offset · step + integers · step`, or powers of two.
+
+    `integers` (size,) are counted from `offset`; on the logarithmic scale a value is 2^((offset+i)·r/64)
+    with `exponent` holding r.
+    """
+
+    shape: tuple[int, ...]
+    integers: Int32[np.ndarray, " size"]
+    exponent: int
+    offset: int
+    logarithmic: bool
+
+    def tensor(self) -> Float32[np.ndarray, "..."]:
+        """The tensor in its own shape, float32."""
+        levels = self.integers.astype(np.int64) + self.offset
+        if self.logarithmic:
+            values = steps_of(np.asarray(levels * self.exponent, np.int32))
+        else:
+            values = levels.astype(np.float64) * steps_of(np.array(self.exponent, np.int32))
+        return np.asarray(values, np.float32).reshape(self.shape)

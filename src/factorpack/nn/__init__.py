@@ -1,0 +1,1 @@
+"""What Factorpack does to torch modules: reading statistics from them, putting weights into them."""

@@ -1,0 +1,186 @@
+"""A model's state as what can be stored: weights as layers to be solved, small tensors, exact ones, ties.
+
+Letters: m outputs, n inputs of one group, g groups.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from factorpack._shapes import Float32
+from factorpack.errors import MismatchError
+from factorpack.nn.statistics import Statistics, WeightStatistics
+from factorpack.solve.layer import Layer
+from factorpack.solve.objective import Metric
+from factorpack.tiling import Tiling
+
+SMOOTHING = 0.1
+"""Part of an output's weight that is the mean of all: calibration never saw enough to call one worthless."""
+LOOKUP_SMOOTHING = 0.5
+"""The same for rows that are looked up: most of a vocabulary is in no calibration text."""
+SMALL = 64
+"""Tensors of fewer entries are small, whatever their axes: a record of their own costs more than it saves."""
+
+
+@dataclass(frozen=True, eq=False)
+class SmallTensor:
+    """A small tensor (any shape) and the curvature of the loss at each entry, None where it is not known."""
+
+    values: Float32[np.ndarray, "..."]
+    curvature: Float32[np.ndarray, "..."] | None
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Everything of a state dict by name, in its order: `layers`, `small` and `exact` tensors, and `aliases`.
+
+    `dtypes` holds the torch dtype of every name, `aliases` the stored name of each tied one, `unseen` the
+    weights that no observed call used in calibration (their moments are taken as the identity).
+    """
+
+    layers: Mapping[str, Layer]
+    small: Mapping[str, SmallTensor]
+    exact: Mapping[str, np.ndarray]
+    aliases: Mapping[str, str]
+    dtypes: Mapping[str, str]
+    unseen: tuple[str, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Entries stored as numbers of a grid: of layers and small tensors."""
+        layers = sum(layer.tensor.size for layer in self.layers.values())
+        return layers + sum(small.values.size for small in self.small.values())
+
+
+def batch_norm_curvature(model: nn.Module, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Curvature of the running statistics, by name, from those of the affine parameters.
+
+    With y = w·(x − μ)/σ + b: ∂y/∂μ = −w/σ · ∂y/∂b and ∂y/∂σ² = −w/(2σ²) · ∂y/∂w. Without affine parameters
+    nothing is known.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.running_var is None:
+            continue
+        prefix = f"{name}." if name else ""
+        if f"{prefix}bias" in fisher and f"{prefix}weight" in fisher:
+            variance = module.running_var.detach().float() + module.eps
+            weight = module.weight.detach().float()
+            found[f"{prefix}running_mean"] = weight.square() / variance * fisher[f"{prefix}bias"]
+            found[f"{prefix}running_var"] = (weight / (2 * variance)).square() * fisher[f"{prefix}weight"]
+    return found
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.float()
+    return np.ascontiguousarray(tensor.detach().cpu().numpy())
+
+
+def _floats(tensor: Tensor) -> Float32[np.ndarray, "..."]:
+    return np.ascontiguousarray(tensor.detach().cpu().float().numpy())
+
+
+def _tiling(tensor: Tensor, seen: WeightStatistics | None) -> Tiling:
+    if seen is None:
+        return Tiling(tuple(tensor.shape))
+    return Tiling(tuple(tensor.shape), len(seen.moments), seen.transposed)
+
+
+def _smoothed(rows: Tensor, share: float) -> Tensor:
+    return (1 - share) * rows + share * rows.mean()
+
+
+def _metric(tensor: Tensor, tiling: Tiling, seen: WeightStatistics | None, fisher: Tensor) -> Metric:
+    """Row weights r_o = Σ_j F_oj / tr H over the moments of the inputs; the identity's where those were not seen."""
+    outputs, inputs = tiling.matrix_shape
+    entries = torch.from_numpy(tiling.matrix(_floats(fisher))).sum(1)
+    if seen is None:
+        return Metric(None, _smoothed(entries / inputs, SMOOTHING))
+    trace = seen.moments.diagonal(dim1=-2, dim2=-1).sum(1).clamp_min(1e-30)
+    rows = entries / trace.repeat_interleave(outputs // len(trace))
+    if seen.embedding:
+        return Metric(None, _smoothed(rows, LOOKUP_SMOOTHING))
+    return Metric(seen.moments, _smoothed(rows, SMOOTHING))
+
+
+def _power(layer: Layer) -> float:
+    """What it would cost the network to lose the whole layer, as the metric has it."""
+    matrix = layer.problem.weight
+    return 0.5 * float((matrix * layer.metric.apply(matrix)).sum())
+
+
+def _relative(tensor: Tensor, power: float) -> Metric:
+    """Without data: the loss of a tensor is its relative squared error, times `power`."""
+    rows = tensor.shape[0] if tensor.ndim else 1
+    energy = float(tensor.float().square().sum())
+    return Metric(None, torch.full((rows,), 2 * power / max(energy, 1e-30)))
+
+
+def read_state(
+    tensors: Mapping[str, Tensor],
+    model: nn.Module | None = None,
+    statistics: Statistics | None = None,
+    exclude: Sequence[str] = (),
+) -> State:
+    """Sorts a state dict (`keep_vars=True` keeps its ties) into what can be stored.
+
+    Weights are floating parameters of two and more axes; without a model all such tensors count. Small tensors
+    are other floating ones. Integers, tensors that are not finite and those whose name fits a pattern of
+    `exclude` are kept exactly. Without statistics a layer's loss is its relative error.
+    Raises MismatchError where a pattern of `exclude` fits no name.
+    """
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in tensors):
+            raise MismatchError(f"--exclude {pattern!r} fits no tensor; names look like {next(iter(tensors), '')!r}")
+    fisher = {} if statistics is None else dict(statistics.fisher)
+    parameters = set(tensors) if model is None else {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if model is not None and statistics is not None:
+        fisher |= batch_norm_curvature(model, fisher)
+    owners: dict[int, str] = {}
+    layers: dict[str, Layer] = {}
+    small: dict[str, SmallTensor] = {}
+    exact: dict[str, np.ndarray] = {}
+    aliases: dict[str, str] = {}
+    unseen: list[str] = []
+    pending: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if owners.setdefault(id(tensor), name) != name:
+            aliases[name] = owners[id(tensor)]
+            continue
+        kept = any(fnmatchcase(name, pattern) for pattern in exclude)
+        if kept or not tensor.is_floating_point() or not tensor.numel() or not bool(torch.isfinite(tensor).all()):
+            exact[name] = _array(tensor)
+        elif tensor.ndim >= 2 and prod(tensor.shape) >= SMALL and name in parameters:
+            pending[name] = tensor
+        else:
+            curvature = fisher.get(name)
+            small[name] = SmallTensor(_floats(tensor), None if curvature is None else _floats(curvature))
+    for name, tensor in pending.items():
+        seen = None if statistics is None else statistics.weights.get(name)
+        known = fisher.get(name)
+        if statistics is not None and seen is None:
+            unseen.append(name)
+        if known is not None and bool(known.any()):
+            tiling = _tiling(tensor, seen)
+            metric = _metric(tensor, tiling, seen, known)
+            layers[name] = Layer(name, _floats(tensor), tiling, metric, seen is not None and seen.embedding)
+    # A layer that nothing is known of counts as much as the others do in the middle.
+    typical = float(np.median([_power(layer) for layer in layers.values()])) if layers else 0.0
+    for name, tensor in pending.items():
+        if name not in layers:
+            power = typical if layers else float(tensor.numel())
+            layers[name] = Layer(name, _floats(tensor), Tiling(tuple(tensor.shape)), _relative(tensor, power), False)
+    return State(
+        {name: layers[name] for name in pending},
+        small,
+        exact,
+        aliases,
+        {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
+        tuple(unseen),
+    )

@@ -1,0 +1,344 @@
+"""What the calibration data say of each weight: the second moments of its inputs, and what its outputs matter.
+
+Letters: m outputs, n inputs of one group, g groups, P positions (samples x places where a weight is applied).
+
+A small change E of a weight, with rows e_o, costs the network about
+
+    ½ Σ_o r_o · e_oᵀ H e_o,    H = E[x xᵀ],    r_o = Σ_j F_oj / tr H
+
+(a Kronecker-factored Gauss-Newton form: Martens & Grosse 2015, Grosse & Martens 2016). H is the mean over the
+positions that reach the output at all: padding, whose gradient is zero, is left out. F is the mean squared
+gradient of each entry, so r brings the layer's scale, with the correlation between positions in it. The
+gradient is that of one random direction at the output a batch: for logits √p∘(v − √p·(√pᵀv)), v ~ N(0, I),
+whose covariance is exactly the Fisher information diag(p) − ppᵀ; for embeddings v itself, which gives |J·E|².
+Samples are independent and their gradients have mean zero, so the squared gradient of a batch is an unbiased
+sum over its samples.
+
+Weights are found by identity in the calls of torch.nn.functional, not by module, so layers that pad inside
+`forward`, tied heads that are used functionally and attention in-projections are seen with their true inputs.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from factorpack.errors import TaskError
+
+ROWS_PER_CALL = 8192
+"""At most that many positions of one call enter a moment; beyond, a random subset stands for all."""
+
+
+@dataclass(frozen=True, eq=False)
+class WeightStatistics:
+    """What one weight met: `moments` (g, n, n), the mean of x·xᵀ, and how its inputs reach it.
+
+    `transposed` says that inputs come first in the tensor (transposed convolutions, `x @ W`); `embedding`
+    that it is only looked up by row, its moments then being the identity. `positions` counts what entered
+    the mean, `uses` the calls.
+    """
+
+    moments: Tensor
+    transposed: bool
+    embedding: bool
+    positions: float
+    uses: int
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Of a model: `weights` by parameter name, `fisher` (the parameter's shape) by parameter name.
+
+    `fisher` is the mean squared gradient of each entry a prediction; `weights` lacks what no observed call
+    used. `predictions` is the number of rows of output that were seen.
+    """
+
+    weights: dict[str, WeightStatistics]
+    fisher: dict[str, Tensor]
+    predictions: int
+
+
+@dataclass(eq=False)
+class _Sums:
+    """Running sums of one weight: second moments over its dense uses; look-ups by row are only counted."""
+
+    groups: int
+    inputs: int
+    transposed: bool = False
+    lookups: float = 0.0
+    uses: int = 0
+    moments: Tensor = field(init=False)
+    positions: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.moments = torch.zeros(self.groups, self.inputs, self.inputs)
+        self.positions = torch.zeros(self.groups)
+
+    def add(self, group: int, rows: Tensor, scale: float) -> None:
+        """Adds a group's inputs `rows` (P, n), each standing for `scale` positions."""
+        rows = rows.float()
+        self.moments[group] += scale * (rows.T @ rows)
+        self.positions[group] += scale * len(rows)
+
+    def finish(self) -> WeightStatistics:
+        """The means; a weight that is both looked up and multiplied gets both by their positions.
+
+        A look-up meets a one-hot input and hands the row on: its moment over the columns is the identity,
+        brought to the level of the dense uses.
+        """
+        identity = torch.eye(self.inputs).expand(self.groups, -1, -1)
+        total = float(self.positions.max())
+        if not total:
+            return WeightStatistics(identity.clone(), self.transposed, True, self.lookups, self.uses)
+        moments = self.moments / self.positions.clamp_min(1)[:, None, None]
+        if self.lookups:
+            share = self.lookups / (self.lookups + total)
+            level = moments.diagonal(dim1=-2, dim2=-1).mean()
+            moments = (1 - share) * moments + share * level * identity
+        return WeightStatistics(moments, self.transposed, False, total + self.lookups, self.uses)
+
+
+def _tuple(value: int | Iterable[int], axes: int) -> tuple[int, ...]:
+    return (value,) * axes if isinstance(value, int) else tuple(value)
+
+
+def _bound(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name; what is not given is absent."""
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _padding(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:
+    """The padding of a convolution as torch.nn.functional.pad takes it: last axis first, before and after."""
+    if padding == "valid":
+        padding = 0
+    if padding == "same":
+        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        pairs = [(t // 2, t - t // 2) for t in total]
+    else:
+        pairs = [(p, p) for p in _tuple(padding, len(kernel))]
+    return [p for pair in reversed(pairs) for p in pair]
+
+
+def _patches(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
+    """View of padded `x` (N, C, *space) as (N, *places, C, *kernel), without a copy."""
+    axes = len(kernel)
+    for axis in range(axes):
+        reach = (kernel[axis] - 1) * dilation[axis] + 1
+        x = x.unfold(2 + axis, reach, stride[axis])[..., :: dilation[axis]]
+    return x.permute(0, *range(2, 2 + axes), 1, *range(2 + axes, 2 + 2 * axes))
+
+
+CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+TRANSPOSED_CONVOLUTIONS = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
+CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+TRANSPOSED_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+ATTENTION = ("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight")
+PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.addmm, Tensor.addmm}
+TRANSPOSES = {torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__, torch.transpose, Tensor.transpose}  # type: ignore[attr-defined]
+
+
+class _Observer(TorchFunctionMode):
+    """Watches the calls that use a parameter as a weight; adds up their inputs during backward.
+
+    Backward, because only there is it known which positions reach the output.
+    """
+
+    def __init__(self, names: dict[int, str], generator: torch.Generator) -> None:
+        super().__init__()
+        self.names = names
+        self.generator = generator
+        self.sums: dict[str, _Sums] = {}
+        self.views: dict[int, tuple[Tensor, str]] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in TRANSPOSES and id(args[0]) in self.names and args[0].ndim == 2:
+            # The view is kept alive, so that its id stays its own.
+            self.views[id(out)] = (out, self.names[id(args[0])])
+        elif func is F.multi_head_attention_forward:
+            self._attention(_bound(ATTENTION, args, kwargs), out[0])
+        elif isinstance(out, Tensor) and out.requires_grad:
+            self._observe(func, args, kwargs, out)
+        return out
+
+    def _observe(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+        if func in PRODUCTS:
+            if name := self.names.get(id(args[-1])):
+                self._dense(name, args[-2], out, transposed=True)
+            elif id(args[-1]) in self.views:
+                self._dense(self.views[id(args[-1])][1], args[-2], out, transposed=False)
+            return
+        call = _bound(CONVOLUTION if func not in TRANSPOSED_CONVOLUTIONS else TRANSPOSED_CONVOLUTION, args, kwargs)
+        name = self.names.get(id(call.get("weight")))
+        if name is None:
+            return
+        if func is F.linear:
+            self._dense(name, call["input"], out, transposed=False)
+        elif func is F.embedding:
+            self._embedding(name, call["weight"], out)
+        elif func in CONVOLUTIONS:
+            self._convolution(name, call, out, CONVOLUTIONS[func])
+        elif func in TRANSPOSED_CONVOLUTIONS:
+            self._transposed_convolution(name, call, out, TRANSPOSED_CONVOLUTIONS[func])
+
+    def _sums(self, name: str, groups: int, inputs: int, transposed: bool = False) -> _Sums:
+        if name not in self.sums:
+            self.sums[name] = _Sums(groups, inputs, transposed)
+        return self.sums[name]
+
+    def _positions(self, alive: Tensor) -> tuple[Tensor, float]:
+        """Which positions enter a moment, and how many each stands for; `alive` (P,) says which matter."""
+        chosen = alive.nonzero()[:, 0]
+        if len(chosen) <= ROWS_PER_CALL:
+            return chosen, 1.0
+        subset = torch.randint(len(chosen), (ROWS_PER_CALL,), generator=self.generator)
+        return chosen[subset], len(chosen) / ROWS_PER_CALL
+
+    def _dense(self, name: str, x: Tensor, out: Tensor, transposed: bool) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1])
+
+        def hook(gradient: Tensor) -> None:
+            chosen, scale = self._positions(gradient.reshape(len(rows), -1).ne(0).any(1))
+            sums = self._sums(name, 1, rows.shape[1], transposed)
+            sums.add(0, rows[chosen], scale)
+            sums.uses += 1
+
+        out.register_hook(hook)
+
+    def _embedding(self, name: str, weight: Tensor, out: Tensor) -> None:
+        def hook(gradient: Tensor) -> None:
+            sums = self._sums(name, 1, weight.shape[1])
+            sums.lookups += int(gradient.reshape(-1, weight.shape[1]).ne(0).any(1).sum())
+            sums.uses += 1
+
+        out.register_hook(hook)
+
+    def _convolution(self, name: str, call: dict[str, Any], out: Tensor, axes: int) -> None:
+        x, weight = call["input"].detach(), call["weight"]
+        kernel, groups = tuple(weight.shape[2:]), call.get("groups", 1)
+        stride, dilation = _tuple(call.get("stride", 1), axes), _tuple(call.get("dilation", 1), axes)
+        pads = _padding(call.get("padding", 0), kernel, dilation)
+        if x.ndim == axes + 1:
+            x = x[None]
+
+        def hook(gradient: Tensor) -> None:
+            patches = _patches(F.pad(x, pads), kernel, stride, dilation)
+            alive = gradient.reshape(len(x), weight.shape[0], -1).ne(0).any(1).reshape(-1)
+            chosen, scale = self._positions(alive)
+            rows = patches[torch.unravel_index(chosen, patches.shape[: axes + 1])]
+            self._grouped(name, rows.reshape(len(chosen), groups, -1), scale, transposed=False)
+
+        out.register_hook(hook)
+
+    def _transposed_convolution(self, name: str, call: dict[str, Any], out: Tensor, axes: int) -> None:
+        """Every tap meets the same pixel: the inputs are its channels; that taps overlap is left out."""
+        x, groups = call["input"].detach(), call.get("groups", 1)
+        if x.ndim == axes + 1:
+            x = x[None]
+
+        def hook(_: Tensor) -> None:
+            pixels = x.movedim(1, -1).reshape(-1, x.shape[1])
+            chosen, scale = self._positions(torch.ones(len(pixels), dtype=torch.bool))
+            self._grouped(name, pixels[chosen].reshape(len(chosen), groups, -1), scale, transposed=True)
+
+        out.register_hook(hook)
+
+    def _grouped(self, name: str, rows: Tensor, scale: float, transposed: bool) -> None:
+        """Adds `rows` (P, g, n)."""
+        sums = self._sums(name, rows.shape[1], rows.shape[2], transposed)
+        for group in range(rows.shape[1]):
+            sums.add(group, rows[:, group], scale)
+        sums.uses += 1
+
+    def _attention(self, call: dict[str, Any], out: Tensor) -> None:
+        """The packed in-projection meets query, key and value in its three blocks of rows."""
+        name = self.names.get(id(call.get("in_proj_weight")))
+        if name is None or not out.requires_grad:
+            return
+        parts = [call[part].detach() for part in ("query", "key", "value")]
+
+        def hook(_: Tensor) -> None:
+            sums = self._sums(name, 3, parts[0].shape[-1])
+            for block, part in enumerate(parts):
+                rows = part.reshape(-1, part.shape[-1])
+                chosen, scale = self._positions(torch.ones(len(rows), dtype=torch.bool))
+                sums.add(block, rows[chosen], scale)
+            sums.uses += 1
+
+        out.register_hook(hook)
+
+
+def _output(found: object) -> Tensor:
+    """The tensor that a network returns: itself, `.logits`, or the first floating one of a tuple or dict."""
+    if isinstance(found, Tensor):
+        return found
+    logits = getattr(found, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    parts = list(found.values()) if isinstance(found, dict) else found if isinstance(found, tuple | list) else []
+    for part in parts:
+        if isinstance(part, Tensor) and part.is_floating_point():
+            return part
+    raise TaskError(f"the network returns {type(found).__name__}, in which no floating tensor was found")
+
+
+def call_model(model: nn.Module, batch: object) -> Tensor:
+    """The model's output for a Batch: a tensor, a tuple (positional) or a dict (keyword arguments)."""
+    if isinstance(batch, dict):
+        return _output(model(**batch))
+    if isinstance(batch, tuple | list):
+        return _output(model(*batch))
+    return _output(model(batch))
+
+
+def _probe(output: Tensor, kind: str, generator: torch.Generator) -> Tensor:
+    """A random direction at the output whose covariance is the Gauss-Newton form there; `output`'s shape."""
+    noise = torch.randn(output.shape, generator=generator).to(output)
+    if kind == "embedding":
+        return noise
+    root = output.detach().softmax(-1).sqrt()
+    return root * (noise - root * (root * noise).sum(-1, keepdim=True))
+
+
+def collect(
+    model: nn.Module, batches: Iterable[object], output: str, seed: int, progress: Callable[[], None] = lambda: None
+) -> Statistics:
+    """Statistics of every parameter over `batches`, one forward and one backward each.
+
+    `output` is "logits" or "embedding": what the model returns. The model is left as it was found, without
+    gradients. Raises TaskError where there is no batch or the model returns no tensor.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parameters = dict(model.named_parameters())
+    required = {name: p.requires_grad for name, p in parameters.items()}
+    observer = _Observer({id(p): name for name, p in parameters.items()}, generator)
+    fisher = {name: torch.zeros(p.shape) for name, p in parameters.items()}
+    predictions = 0
+    try:
+        model.requires_grad_(True)
+        for batch in batches:
+            with torch.enable_grad(), observer:
+                out = call_model(model, batch)
+            out.backward(_probe(out, output, generator))
+            predictions += out.shape[:-1].numel()
+            observer.views.clear()
+            for name, parameter in parameters.items():
+                if parameter.grad is not None:
+                    fisher[name] += parameter.grad.float().square()
+                    parameter.grad = None
+            progress()
+    finally:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(required[name])
+            parameter.grad = None
+    if not predictions:
+        raise TaskError("calibration() gave no batch")
+    weights = {name: sums.finish() for name, sums in observer.sums.items()}
+    return Statistics(weights, {name: f / predictions for name, f in fisher.items()}, predictions)

@@ -1,0 +1,284 @@
+"""Sequential rounding: columns quantised in turn, each error fed on to the columns that are still to come.
+
+Letters: m outputs, n inputs of one group, g groups, r rows of a group, d tile, k rank, N tiles.
+
+With H = E[x xᵀ] and U the upper Cholesky factor of its inverse, H⁻¹ = UᵀU, rounding column j by e_j costs
+e_j² / U_jj² once the later columns have moved by −(e_j / U_jj)·U_j,: to make up for what they can (optimal brain
+quantisation: Hassibi & Stork 1993; Frantar & Alistarh 2022; in this order and blocked: Frantar et al. 2023).
+Every form is this one loop over another constraint set: integers for `direct` and for the codes of a given
+basis, a codeword for `vq`, whose columns go d at a time. With λ > 0 the choice weighs the price of a symbol in
+the entropy coder against the part of the error that later columns cannot undo.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from factorpack._shapes import Float
+from factorpack.factors import Basis, Codes, FactoredWeight, Grid, OneHotCodes, exponents_of, steps_of
+from factorpack.solve.objective import Metric
+from factorpack.solve.start import kmeans
+from factorpack.tiling import Tiling
+
+DAMPING = 0.05
+"""Share of the mean input power added to every input's: keeps what a thin sample says of H in bounds."""
+BLOCK = 64
+BASIS_BITS = 10
+"""Bits of a basis grid at most; its step comes from λ."""
+CODE_LIMIT = 1 << 20
+"""Codes are at most that large."""
+
+
+@dataclass(frozen=True, eq=False)
+class Price:
+    """Bits of integers −R..R in each context of the coder: `bits` (K, 2R+1).
+
+    The context of an entry is min(row class + column class, K − 1), with `row_classes` (k,) and
+    `column_classes` (N,) in the layout of the codes. `rate` (outputs,) is λ in squared steps a bit for each
+    output of the weight, at the layer's mean residual power.
+    """
+
+    bits: Float[Tensor, "K symbols"]
+    row_classes: Tensor
+    column_classes: Tensor
+    rate: Float[Tensor, " outputs"]
+
+    @property
+    def transposed(self) -> "Price":
+        return Price(self.bits, self.column_classes, self.row_classes, self.rate)
+
+
+class Feedback:
+    """How errors travel between columns, for moments (g, n, n), which are damped; columns in `order`.
+
+    Columns with the strongest inputs go first, while all the others can still make up for them. With tiles of
+    `depth` columns, tiles keep together.
+    """
+
+    def __init__(self, moments: Float[Tensor, "g n n"], depth: int = 1) -> None:
+        inputs = moments.shape[-1]
+        power = moments.diagonal(dim1=-2, dim2=-1)
+        tiles = torch.argsort(power.mean(0).reshape(-1, depth).sum(1), descending=True, stable=True)
+        self.order = (tiles[:, None] * depth + torch.arange(depth)).reshape(-1)
+        damped = moments.double() + torch.diag_embed((DAMPING * power.double().mean(1, keepdim=True)).expand(-1, inputs))
+        damped = damped[:, self.order][:, :, self.order]
+        # A layer whose inputs were all zero has nothing to say: any positive diagonal does.
+        damped += torch.diag_embed((power.mean(1, keepdim=True) == 0).double().expand(-1, inputs))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        self.factor = torch.linalg.cholesky(inverse, upper=True).float()
+
+        self.coupled = bool(self.factor.triu(1).any())
+
+    @cached_property
+    def residual(self) -> float:
+        """Mean of 1/U_jj²: the input power that later columns cannot make up for."""
+        return float(self.factor.diagonal(dim1=-2, dim2=-1).double().pow(-2).mean())
+
+
+def _choose(x: Tensor, price: Price, contexts: Tensor, rate: Tensor) -> Tensor:
+    """The cheapest of rounding, one towards zero, and zero: argmin (x − q)² + rate·bits(q), any shape."""
+    reach = price.bits.shape[1] // 2
+    places = contexts * price.bits.shape[1] + reach
+    bits = price.bits.reshape(-1)
+    best = torch.round(x)
+    cost = (x - best).square() + rate * bits[places + best.clamp(-reach, reach).long()]
+    for candidate in (best - torch.sign(best), torch.zeros_like(best)):
+        found = (x - candidate).square() + rate * bits[places + candidate.clamp(-reach, reach).long()]
+        best = torch.where(found < cost, candidate, best)
+        cost = torch.minimum(found, cost)
+    return best
+
+
+def round_columns(
+    target: Float[Tensor, "g r n"], feedback: Feedback, price: Price | None = None
+) -> Float[Tensor, "g r n"]:
+    """Integers near `target` (in units of the step), column by column.
+
+    With a price, `rate·bits` is weighed against e²/U_jj² relative to the layer's mean.
+    """
+    # Columns lie in memory as rows: each step then reads and writes whole lines.
+    x = target[..., feedback.order].mT.contiguous()
+    groups, inputs, rows = x.shape
+    factor = feedback.factor
+    diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    codes = torch.empty_like(x)
+    if price is not None:
+        row_classes = price.row_classes.reshape(groups, rows)
+        column_classes = price.column_classes[feedback.order].tolist()
+        rates = price.rate.reshape(groups, rows)
+        relative = diagonal.square() * feedback.residual
+        last = price.bits.shape[0] - 1
+    for start in range(0, inputs, BLOCK):
+        stop = min(start + BLOCK, inputs)
+        errors = torch.empty(groups, stop - start, rows)
+        for j in range(start, stop):
+            column = x[:, j]
+            if price is None:
+                chosen = torch.round(column)
+            else:
+                contexts = (row_classes + column_classes[j]).clamp_max(last)
+                chosen = _choose(column, price, contexts, rates * relative[:, j, None])
+            chosen = chosen.clamp(-CODE_LIMIT, CODE_LIMIT)
+            codes[:, j], errors[:, j - start] = chosen, (column - chosen) / diagonal[:, j, None]
+            if j + 1 < stop and feedback.coupled:
+                x[:, j + 1 : stop] -= factor[:, j, j + 1 : stop, None] * errors[:, None, j - start]
+        if stop < inputs and feedback.coupled:
+            x[:, stop:] -= factor[:, start:stop, stop:].mT @ errors
+    return codes.mT[..., torch.argsort(feedback.order)]
+
+
+def round_tiles(
+    target: Float[Tensor, "g r n"], feedback: Feedback, codewords: Float[Tensor, "k d"]
+) -> Float[Tensor, "g r tiles"]:
+    """Indices of the codewords for tiles of d columns, tile by tile with feedback."""
+    x = target[..., feedback.order].clone()
+    groups, rows, inputs = x.shape
+    depth = codewords.shape[1]
+    factor = feedback.factor
+    tiles = inputs // depth
+    indices = torch.empty(groups, rows, tiles, dtype=torch.long)
+    for tile in range(tiles):
+        start, stop = tile * depth, (tile + 1) * depth
+        block = factor[:, start:stop, start:stop]
+        # e·U⁻¹ has the norm that counts, so the nearest codeword is looked up there.
+        seen = torch.linalg.solve_triangular(block, x[:, :, start:stop], upper=True, left=False)
+        words = torch.linalg.solve_triangular(block, codewords.expand(groups, -1, -1), upper=True, left=False)
+        chosen = torch.cdist(seen, words).argmin(2)
+        errors = seen - torch.gather(words, 1, chosen[..., None].expand(-1, -1, depth))
+        indices[:, :, tile] = chosen
+        x[:, :, stop:] -= errors @ factor[:, start:stop, stop:]
+    return indices[..., torch.argsort(feedback.order[::depth])]
+
+
+def _signed(integers: np.ndarray, exponents: np.ndarray) -> Grid:
+    """The narrowest signed grid of whole bits that holds `integers`."""
+    largest = max(int(integers.max(initial=0)), -int(integers.min(initial=0)) - 1)
+    bits = largest.bit_length() + 1
+    return Grid(-(1 << bits - 1), (1 << bits - 1) - 1, exponents)
+
+
+def _integers(x: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(x.to(torch.int32).numpy())
+
+
+def snapped(step: float) -> tuple[float, np.ndarray]:
+    """The step nearest to `step` that a file can hold, and its exponent (1,)."""
+    exponents = exponents_of(np.array([step], np.float64))
+    return float(steps_of(exponents)[0]), exponents
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A weight to be rounded: `weight` (m, n) as outputs x inputs, `metric`, and its `feedback` along the inputs."""
+
+    weight: Float[Tensor, "m n"]
+    metric: Metric
+    feedback: Feedback
+
+    @property
+    def moments(self) -> Float[Tensor, "g n n"]:
+        if self.metric.moments is not None:
+            return self.metric.moments
+        return torch.eye(self.weight.shape[1])[None]
+
+    @property
+    def blocks(self) -> Float[Tensor, "g r n"]:
+        return self.weight.reshape(self.moments.shape[0], -1, self.weight.shape[1])
+
+
+IDENTITY_GRID = Grid(-2, 1, np.zeros(1, np.int32))
+
+
+def direct(problem: Problem, tiling: Tiling, step: float, price: Price | None = None) -> FactoredWeight:
+    """Form `direct`: integers times one step."""
+    step, exponents = snapped(step)
+    codes = _integers(round_columns(problem.blocks / step, problem.feedback, price).reshape(tiling.matrix_shape))
+    return FactoredWeight("direct", tiling, Basis(None, IDENTITY_GRID), Codes(codes, _signed(codes, exponents)))
+
+
+def principal_basis(problem: Problem, along_inputs: bool) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"]]:
+    """Orthonormal columns that span, k at a time, the best subspace for the metric; and the distortion each saves.
+
+    Along the outputs the eigenvectors of W H Wᵀ (with W L = U S Vᵀ, H = L Lᵀ, the best product of rank k is
+    U_k U_kᵀ W). Along the inputs, where H = L Lᵀ acts within a tile, the span of L⁻ᵀ times the eigenvectors of
+    Lᵀ Wᵀ diag(r) W L, made orthonormal.
+    """
+    weight = problem.weight.double()
+    if not along_inputs:
+        powers, basis = torch.linalg.eigh(weight @ problem.moments[0].double() @ weight.T)
+        return basis.flip(1), powers.flip(0)
+    rows = problem.metric.row_weights
+    scaled = weight if rows is None else weight * rows.double()[:, None].sqrt()
+    moments = problem.moments.double().mean(0)
+    level = moments.diagonal().mean()
+    root = torch.linalg.cholesky(moments + DAMPING * level * torch.eye(len(moments), dtype=torch.float64))
+    seen = scaled @ root
+    powers, basis = torch.linalg.eigh(seen.T @ seen)
+    spans = torch.linalg.solve_triangular(root.T, basis.flip(1), upper=True)
+    return torch.linalg.qr(spans)[0], powers.flip(0)
+
+
+@dataclass(frozen=True, eq=False)
+class BasisProblem:
+    """The codes of a given, quantised basis as a problem of sequential rounding of its own.
+
+    Along the outputs the codes' rows are independent and meet the layer's inputs; along the inputs they are the
+    columns, and meet the moments BᵀHB.
+    """
+
+    tiling: Tiling
+    basis: Basis
+    target: Float[Tensor, "g r n"]
+    feedback: Feedback
+
+    def solve(self, form: str, step: float, price: Price | None = None) -> FactoredWeight:
+        """Rounds the codes to multiples of `step`; a price is in the layout of the codes (k, N)."""
+        step, exponents = snapped(step)
+        along_inputs = self.tiling.depth > 0
+        if price is not None and along_inputs:
+            price = price.transposed
+        found = round_columns(self.target / step, self.feedback, price)
+        found = found.reshape(-1, found.shape[-1])
+        codes = _integers(found.T if along_inputs else found)
+        return FactoredWeight(form, self.tiling, self.basis, Codes(codes, _signed(codes, exponents)))
+
+
+def with_basis(problem: Problem, tiling: Tiling, basis: Float[Tensor, "d k"], step: float) -> BasisProblem:
+    """Quantises `basis` to multiples of `step` and sets up the codes that fit it best."""
+    step, exponents = snapped(max(step, float(basis.abs().max()) / ((1 << BASIS_BITS - 1) - 1)))
+    integers = torch.round(basis / step)
+    quantised = (integers * step).double()
+    whole = _integers(integers)
+    factor = Basis(whole, _signed(whole, exponents))
+    weight = problem.weight.double()
+    if not tiling.depth:
+        target = torch.linalg.lstsq(quantised, weight).solution
+        return BasisProblem(tiling, factor, target.float()[None], problem.feedback)
+    moments = problem.moments.double()
+    inner = quantised.T @ moments @ quantised
+    blocks = problem.blocks.double()
+    target = torch.linalg.solve(inner, quantised.T @ moments @ blocks.mT).mT
+    return BasisProblem(tiling, factor, target.float(), Feedback(inner.float()))
+
+
+def vector_quantised(
+    problem: Problem, tiling: Tiling, codewords: int, generator: torch.Generator
+) -> FactoredWeight:
+    """Form `vq`: tiles of `tiling.depth` inputs, each one of `codewords`, found by k-means and assigned in turn.
+
+    The depth divides the inputs, so that a tile lies within an output.
+    """
+    depth = tiling.depth
+    tiles = problem.weight.reshape(-1, depth).T
+    rows = problem.metric.row_weights
+    weights = None if rows is None else rows.repeat_interleave(problem.weight.shape[1] // depth).expand(depth, -1)
+    centres = kmeans(tiles, codewords, generator, weights)[0]
+    step, exponents = snapped(float(centres.abs().max()) / 127)
+    integers = torch.round(centres / step)
+    found = round_tiles(problem.blocks, Feedback(problem.moments, depth), integers.T * step)
+    whole = _integers(integers)
+    codes = OneHotCodes(_integers(found.reshape(-1)), codewords)
+    return FactoredWeight("vq", tiling, Basis(whole, _signed(whole, exponents)), codes)
