@@ -1,0 +1,53 @@
+"""Factorpack: trained networks as small as their accuracy allows, in one file whose size is promised."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from factorpack.errors import (
+    BudgetError,
+    FactorpackError,
+    FormatError,
+    MismatchError,
+    TaskError,
+    UnsupportedError,
+)
+
+if TYPE_CHECKING:
+    from factorpack.pipeline import PackedModel, Report, compress, load, load_state_dict
+    from factorpack.search import Options
+
+__version__ = "0.1.0"
+__all__ = [
+    "BudgetError",
+    "FactorpackError",
+    "FormatError",
+    "MismatchError",
+    "Options",
+    "PackedModel",
+    "Report",
+    "TaskError",
+    "UnsupportedError",
+    "compress",
+    "load",
+    "load_state_dict",
+]
+
+_HOMES = {
+    "Options": "factorpack.search",
+    "PackedModel": "factorpack.pipeline",
+    "Report": "factorpack.pipeline",
+    "compress": "factorpack.pipeline",
+    "load": "factorpack.pipeline",
+    "load_state_dict": "factorpack.pipeline",
+}
+
+
+def __getattr__(name: str) -> object:
+    """What needs torch is imported when it is first used: `import factorpack` takes no seconds."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'factorpack' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,302 +1,175 @@
-"""Composition: model to statistics to candidates to plan to file, and back to a model that is scored."""
+"""Composition: a model or a task to a file, and a file back to a model that is scored."""
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import copy
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from pathlib import Path
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from factorpack.allocate import Point, allocate
-from factorpack.coding import plan_integers
-from factorpack.coding.records import encode_weight, predicted_bits, predicted_vector_bits
-from factorpack.container import Contents, to_bytes
-from factorpack.errors import BudgetError, UnsupportedError
-from factorpack.factors import FactoredVector, FactoredWeight
+from factorpack.container import Bill, read, write
+from factorpack.errors import UnsupportedError
+from factorpack.nn.loading import place_dense, place_on_the_fly, state_dict
 from factorpack.nn.state import State, read_state
 from factorpack.nn.statistics import collect
-from factorpack.plan import FORMS, LayerPlan, ModelPlan
-from factorpack.solve.layer import Layer
-from factorpack.solve.vectors import quantise
+from factorpack.plan import ModelPlan
+from factorpack.search import Options, Packed, Progress, pack
+from factorpack.task import Evaluate, Scores
 
-PRICED_RADIUS = 31
-"""Integers beyond pay what the outermost of these does."""
-TOLERANCE = 0.003
-"""A file that is less than this part below its budget is close enough."""
-SEARCHES = 14
-SOLVERS = ("sequential", "projected-gradient")
+MODES = ("dense", "on-the-fly")
 
-Progress = Callable[[str, int, int], None]
-"""Told of a stage's name, how much of it is done, and how much there is."""
+
+def _silent(_stage: str, _done: int, _total: int) -> None:
+    """Progress that nobody watches."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is asked for: the size of the whole file in bytes, a form (or "auto"), a solver, a seed."""
+class Report:
+    """What a compression gave: the bill of the file, the plan with each layer's loss, and scores of the file.
+
+    `scores` are those of the model loaded back from the file, empty without `evaluate`; `seconds` leaves the
+    evaluation out. `unseen` names weights that no observed call used in calibration.
+    """
 
     size_bytes: int
-    form: str = "auto"
-    solver: str = "sequential"
-    seed: int = 0
-    exclude: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.form not in ("auto", *FORMS):
-            raise UnsupportedError(f"{self.form!r} is no form: choose auto, {', '.join(FORMS)}")
-        if self.solver not in SOLVERS:
-            raise UnsupportedError(f"{self.solver!r} is no solver: choose {' or '.join(SOLVERS)}")
-        if self.solver == "projected-gradient" and self.form == "auto":
-            raise UnsupportedError(f"projected gradients need a form: choose --form {', '.join(FORMS)}")
-
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """A way to store a layer: its loss, its size as the coder's tables predict it, and the λ it came from."""
-
-    weight: FactoredWeight
-    loss: float
-    size_bytes: float
-    rate: float
-
-
-@dataclass(frozen=True, eq=False)
-class Packed:
-    """A compressed model: the bytes of its file, what is in it, and what was decided."""
-
-    data: bytes
-    contents: Contents
+    ratio: float
+    bill: Bill
     plan: ModelPlan
     unseen: tuple[str, ...]
+    seconds: float
+    evaluation_seconds: float
+    scores: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def size_bytes(self) -> int:
-        return len(self.data)
+    def distortion(self) -> float:
+        """The predicted loss: half the distortion of all layers in their metrics, added up."""
+        return sum(layer.loss for layer in self.plan.layers.values())
 
 
-def pricer(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bits, row and column classes of the coder for integers (k, N); see `solve.layer.Pricer`."""
-    prices = plan_integers(codes).price(PRICED_RADIUS)
-    return prices.bits, prices.rows, prices.columns
+@dataclass(frozen=True, eq=False)
+class PackedModel:
+    """A compressed model: `data`, the bytes of its file, and the `report` on them."""
+
+    data: bytes
+    report: Report
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file, complete or not at all."""
+        write(Path(path), self.data)
 
 
-@dataclass(eq=False)
-class _Search:
-    """Candidates of every layer, as they are found at one λ after another."""
-
-    state: State
-    settings: Settings
-    progress: Progress
-    found: dict[str, list[Candidate]] = field(default_factory=dict)
-    records: dict[int, bytes] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.found = {name: [] for name in self.state.layers}
-
-    def _keep(self, layer: Layer, weight: FactoredWeight, rate: float) -> Candidate:
-        candidate = Candidate(weight, layer.loss(weight), predicted_bits(weight) / 8, rate)
-        self.found[layer.name].append(candidate)
-        return candidate
-
-    def ladder(self) -> None:
-        """The candidates that no λ leads to: codebooks, and every form by projected gradients."""
-        form, layers = self.settings.form, self.state.layers
-        for done, layer in enumerate(layers.values()):
-            self.progress(f"{form}, {self.settings.solver}", done, len(layers))
-            generator = torch.Generator().manual_seed(self.settings.seed)
-            if self.settings.solver == "projected-gradient":
-                weights = layer.descents(form, generator)
-            else:
-                weights = layer.codebooks(generator)
-            for weight in weights:
-                self._keep(layer, weight, 0.0)
-        self.progress(f"{form}, {self.settings.solver}", len(layers), len(layers))
-
-    @property
-    def laddered(self) -> bool:
-        return self.settings.solver == "projected-gradient" or self.settings.form == "vq"
-
-    def at(self, rate: float) -> float:
-        """Solves every layer at λ = `rate`; the bytes of the cheapest candidates at that λ."""
-        total = 0.0
-        layers = self.state.layers
-        for done, layer in enumerate(layers.values()):
-            self.progress("rounding", done, len(layers))
-            if not (self.laddered and self.found[layer.name]):
-                for solve in self._solvers(layer):
-                    self._keep(layer, solve(rate), rate)
-            total += min(self.found[layer.name], key=lambda c: c.loss + 8 * rate * c.size_bytes).size_bytes
-        self.progress("rounding", len(layers), len(layers))
-        return total + predicted_vector_bits(list(self.vectors(rate).values())) / 8
-
-    def _solvers(self, layer: Layer) -> list[Callable[[float], FactoredWeight]]:
-        """How this layer is solved at a λ: the form asked for; `direct` where that form cannot be had."""
-        form = self.settings.form
-        direct = partial(layer.solve_direct, pricer=pricer)
-        basis = partial(layer.solve_basis, pricer=pricer)
-        if form in ("sparse_pca", "svd") and not (form == "svd" and min(layer.tiling.matrix_shape) < 2):
-            return [partial(basis, form)]
-        # A basis pays for itself only where it is small beside the codes.
-        depth, count = layer.basis_tiling.tiled_shape
-        if form == "auto" and count >= 8 * depth:
-            return [direct, partial(basis, "sparse_pca")]
-        return [direct]
-
-    def vectors(self, rate: float) -> dict[str, FactoredVector]:
-        return {name: quantise(small.values, small.curvature, rate) for name, small in self.state.small.items()}
-
-    def file(self, rate: float, budget: int) -> tuple[bytes, Contents, dict[str, Candidate]]:
-        """The best file within `budget` of the candidates found so far, small tensors at λ = `rate`.
-
-        Predicted sizes lead; where the bytes then written exceed the budget, the budget of the weights shrinks by
-        what was too much. Raises BudgetError where even the smallest candidates do not fit.
-        """
-        small = self.vectors(rate)
-        names = list(self.state.layers)
-        curves = [[Point(math.ceil(c.size_bytes), c.loss) for c in self.found[name]] for name in names]
-        room = budget - len(self._written({}, small)[0])
-        while True:
-            picked = allocate(curves, room)
-            chosen = {name: self.found[name][i] for name, i in zip(names, picked, strict=True)}
-            data, contents = self._written(chosen, small)
-            if len(data) <= budget:
-                return data, contents, chosen
-            room -= len(data) - budget
-
-    def _written(self, chosen: Mapping[str, Candidate], small: Mapping[str, FactoredVector]) -> tuple[bytes, Contents]:
-        state = self.state
-        weights = {name: candidate.weight for name, candidate in chosen.items()}
-        stored: dict[str, Any] = weights | dict(small) | dict(state.exact)
-        present = [name for name in state.dtypes if name in stored]
-        aliases = {alias: name for alias, name in state.aliases.items() if name in stored}
-        contents = Contents({name: stored[name] for name in present}, state.dtypes, aliases)
-        records = [self._record(weights[name]) for name in present if name in weights]
-        return to_bytes(contents, records), contents
-
-    def _record(self, weight: FactoredWeight) -> bytes:
-        if id(weight) not in self.records:
-            self.records[id(weight)] = encode_weight(weight)
-        return self.records[id(weight)]
+def dense_bytes(state: State) -> int:
+    """Bytes of the tensors in their own dtypes, each tied one once."""
+    sizes = {name: layer.tensor.size for name, layer in state.layers.items()}
+    sizes |= {name: small.values.size for name, small in state.small.items()}
+    sizes |= {name: array.size for name, array in state.exact.items()}
+    return sum(size * getattr(torch, state.dtypes[name]).itemsize for name, size in sizes.items())
 
 
-def _first_rate(state: State, size_bytes: int) -> float:
-    """A λ at which Gaussian weights would take `size_bytes`, to start the search from."""
-    spreads = [(layer.tensor.size, max(float(layer.tensor.std()), 1e-12), layer) for layer in state.layers.values()]
-
-    def size(rate: float) -> float:
-        bits = 0.0
-        for count, spread, layer in spreads:
-            ratio = spread / layer.step(rate, layer.problem.feedback.residual)
-            bits += count * 0.5 * math.log2(1 + 2 * math.pi * math.e * ratio * ratio)
-        return bits / 8
-
-    low, high = -120.0, 120.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if size(2**middle) < size_bytes else (middle, high)
-    return 2**high
-
-
-def pack(state: State, settings: Settings, progress: Progress) -> Packed:
-    """The best file of at most `settings.size_bytes` for a state.
-
-    λ is searched by the secant of log size over log λ until the file is at most 0.3 % below its budget; all
-    candidates met on the way then compete. Raises BudgetError, with the smallest size, where it cannot be met.
-    """
-    search = _Search(state, settings, progress)
-    if search.laddered:
-        search.ladder()
-    overhead = len(search._written({}, {})[0]) + 8 * len(state.layers)
-    goal = settings.size_bytes * (1 - TOLERANCE / 2)
-    rate = _first_rate(state, settings.size_bytes)
-    above: tuple[float, float] | None = None
-    below: tuple[float, float] | None = None
-    for _ in range(SEARCHES):
-        size = search.at(rate) + overhead
-        if size > goal:
-            above = (rate, size)
-        else:
-            below = (rate, size)
-        if abs(size - goal) <= settings.size_bytes * TOLERANCE / 2:
-            break
-        following = _next_rate(rate, size, goal, above, below)
-        if following is None:
-            break
-        rate = following
-    best = below or above
-    assert best is not None
-    try:
-        data, contents, chosen = search.file(best[0], settings.size_bytes)
-    except BudgetError:
-        smallest = _smallest(search)
-        raise BudgetError(
-            f"{settings.size_bytes:,} bytes cannot be met: the smallest file of this model "
-            f"takes {smallest:,} bytes (all weights rounded away); ask for more"
-        ) from None
-    return Packed(data, contents, _plan(chosen, best[0], settings, len(data)), state.unseen)
-
-
-def _next_rate(
-    rate: float, size: float, goal: float, above: tuple[float, float] | None, below: tuple[float, float] | None
-) -> float | None:
-    """Where log size would meet log goal; None where λ has nowhere left to go."""
-    if above is None or below is None:
-        # Half a bit a weight and more is worth a factor of two in λ; past 2^±120 nothing changes.
-        following = rate * min(max((size / goal) ** 3, 1 / 64), 64.0)
-        following = following * 1.1 if size > goal else following / 1.1
-        return following if 1e-36 < following < 1e36 else None
-    (low, larger), (high, smaller) = above, below
-    if high / low < 1.0005:
-        return None
-    share = math.log(larger / goal) / math.log(larger / smaller)
-    return low * (high / low) ** min(max(share, 0.05), 0.95)
-
-
-def _smallest(search: _Search) -> int:
-    rate = 1e36
-    search.at(rate)
-    chosen = {name: min(found, key=lambda c: c.size_bytes) for name, found in search.found.items()}
-    return len(search._written(chosen, search.vectors(rate))[0])
-
-
-def _plan(chosen: Mapping[str, Candidate], rate: float, settings: Settings, size_bytes: int) -> ModelPlan:
-    layers = {}
-    for name, candidate in chosen.items():
-        weight = candidate.weight
-        grid = getattr(weight.codes, "grid", weight.basis.grid)
-        layers[name] = LayerPlan(
-            weight.form, float(grid.steps[0]), weight.codes.shape[0], weight.tiling.depth, candidate.rate,
-            round(candidate.size_bytes), candidate.loss,
-        )  # fmt: skip
-    return ModelPlan(layers, rate, settings.seed, size_bytes)
-
-
-def compress_model(
+def model_state(
     model: nn.Module,
     calibration: Iterable[object] | None,
     output: str,
-    settings: Settings,
-    progress: Progress = lambda *_: None,
-) -> Packed:
-    """Compresses `model` with the statistics of `calibration` batches; without them by relative error.
+    options: Options,
+    progress: Progress = _silent,
+) -> State:
+    """What of `model` is to be stored, and what calibration says of it; without calibration, by relative error."""
+    statistics = None
+    if calibration is not None:
+        batches = list(calibration)
+        done = iter(range(1, len(batches) + 1))
+        progress("calibration", 0, len(batches))
+        statistics = collect(
+            model, batches, output, options.seed, lambda: progress("calibration", next(done), len(batches))
+        )
+    return read_state(model.state_dict(keep_vars=True), model, statistics, options.exclude)
 
-    `output` is what the model returns, "logits" or "embedding". One thread, so that the order of float sums, and
-    with it the bytes, depends on no setting of the machine.
+
+def pack_state(
+    size_bytes: Callable[[State], int],
+    make_state: Callable[[], State],
+    options: Options,
+    progress: Progress = _silent,
+) -> tuple[Packed, State]:
+    """Makes a state and packs it, on one thread.
+
+    One thread, so that the order of float sums, and with it the bytes, depends on no setting of the machine.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        statistics = None
-        if calibration is not None:
-            batches: Sequence[object] = list(calibration)
-            done = iter(range(1, len(batches) + 1))
-            progress("calibration", 0, len(batches))
-            statistics = collect(
-                model, batches, output, settings.seed, lambda: progress("calibration", next(done), len(batches))
-            )
-        state = read_state(model.state_dict(keep_vars=True), model, statistics, settings.exclude)
-        return pack(state, settings, progress)
+        state = make_state()
+        return pack(state, size_bytes(state), options, progress), state
     finally:
         torch.set_num_threads(threads)
+
+
+def finish(
+    packed: Packed, state: State, seconds: float, score: Callable[[Path], Scores] | None, path: Path | None = None
+) -> PackedModel:
+    """Writes the file to `path` (a temporary one without), and reports on it as it is read back from there."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = path or Path(folder) / "model.fpk"
+        write(target, packed.data)
+        _, bill = read(target)
+        start = time.perf_counter()
+        scores = score(target) if score else {}
+        evaluation = time.perf_counter() - start
+    size = len(packed.data)
+    ratio = dense_bytes(state) / size
+    return PackedModel(
+        packed.data, Report(size, ratio, bill, packed.plan, state.unseen, seconds, evaluation if scores else 0.0, scores)
+    )
+
+
+def compress(
+    model: nn.Module,
+    size: int,
+    calibration: Iterable[object] | None = None,
+    evaluate: Evaluate | None = None,
+    output: str = "logits",
+    options: Options | None = None,
+) -> PackedModel:
+    """The model as a file of at most `size` bytes, everything included; the model itself is left as it was.
+
+    `calibration` are unlabelled batches: a tensor, a tuple (positional) or a dict (keyword arguments) each.
+    Without them every tensor is stored with the same relative error. `evaluate(model)` gives a score, higher is
+    better, or a dict of them; it is asked about the model loaded back from the file. `output` says what the model
+    returns, "logits" or "embedding". Raises BudgetError, naming the smallest size, where `size` cannot be met.
+
+    >>> packed = factorpack.compress(model, size=5_500_000, calibration=batches)
+    >>> packed.save("model.fpk")
+    """
+    chosen = options or Options()
+    start = time.perf_counter()
+    packed, state = pack_state(lambda _: size, lambda: model_state(model, calibration, output, chosen), chosen)
+    seconds = time.perf_counter() - start
+
+    def score(path: Path) -> Scores:
+        assert evaluate is not None
+        found = evaluate(load(path, copy.deepcopy(model)))
+        return dict(found) if isinstance(found, dict) else {"score": found}
+
+    return finish(packed, state, seconds, score if evaluate else None)
+
+
+def load(path: str | Path, model: nn.Module, mode: str = "dense") -> nn.Module:
+    """Puts the weights of a file into `model`, of the same architecture, and returns it.
+
+    `mode` "dense" recombines every weight once; "on-the-fly" keeps the packed factors in memory and recombines a
+    weight whenever it is used. Raises FormatError for a damaged file, MismatchError for a file of another model.
+    """
+    if mode not in MODES:
+        raise UnsupportedError(f"{mode!r} is no mode: choose {' or '.join(MODES)}")
+    contents, _ = read(Path(path))
+    place = place_dense if mode == "dense" else place_on_the_fly
+    return place(model, contents.tensors, contents.dtypes, contents.aliases)
+
+
+def load_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a file by name, dense, in their original dtypes; tied names hold the same tensor."""
+    contents, _ = read(Path(path))
+    return state_dict(contents.tensors, contents.dtypes, contents.aliases)

@@ -21,7 +21,7 @@ from factorpack.tiling import Tiling
 
 SMOOTHING = 0.1
 """Part of an output's weight that is the mean of all: calibration never saw enough to call one worthless."""
-LOOKUP_SMOOTHING = 0.5
+LOOKUP_SMOOTHING = 0.1
 """The same for rows that are looked up: most of a vocabulary is in no calibration text."""
 SMALL = 64
 """Tensors of fewer entries are small, whatever their axes: a record of their own costs more than it saves."""
@@ -79,11 +79,11 @@ def batch_norm_curvature(model: nn.Module, fisher: Mapping[str, Tensor]) -> dict
 def _array(tensor: Tensor) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.float()
-    return np.ascontiguousarray(tensor.detach().cpu().numpy())
+    return np.array(tensor.detach().cpu().numpy(), order="C")
 
 
 def _floats(tensor: Tensor) -> Float32[np.ndarray, "..."]:
-    return np.ascontiguousarray(tensor.detach().cpu().float().numpy())
+    return np.array(tensor.detach().cpu().float().numpy(), order="C")
 
 
 def _tiling(tensor: Tensor, seen: WeightStatistics | None) -> Tiling:

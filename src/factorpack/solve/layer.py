@@ -31,8 +31,9 @@ from factorpack.tiling import Tiling
 FINEST = 1 << 15
 """Codes of a weight reach at most about that far: finer steps than its largest entry / FINEST are not tried."""
 RATE_SHARE = 0.3
-"""Part of λ that enters the rounding. In full it favours small values so much that layers shrink together, an
-error that no layer's distortion shows (docs/log.md)."""
+"""Part of λ that enters the rounding of rows that are looked up, so that rare ones get fewer bits. Elsewhere none
+does: it favours small values so much that all layers shrink together, which no layer's own distortion shows
+(docs/log.md)."""
 BASIS_SHARE = 0.25
 """The basis is quantised as for that part of λ: each of its errors meets every tile."""
 CODEWORDS = ((2, 8), (2, 16), (2, 32), (2, 64), (3, 32), (3, 64), (3, 128), (3, 256), (4, 64), (4, 128), (4, 256),
@@ -92,8 +93,10 @@ class Layer:
         return Price(bits, rows.long(), columns.long(), rate)
 
     def _priced(self, solve: Callable[[Price | None], FactoredWeight], pricer: Pricer) -> FactoredWeight:
-        """Rounds without a price to see which symbols there are, then with theirs."""
+        """Rounds without a price; where rows are looked up, to see which symbols there are, then with theirs."""
         first = solve(None)
+        if not self.looked_up:
+            return first
         assert isinstance(first.codes, Codes)
         return solve(self._price(pricer, first.codes.integers))
 

@@ -1,0 +1,135 @@
+"""Tasks: how a user hands over a network, its data and its score.
+
+A task is a Python file, or `module:attribute`, that defines plain functions: `model()`, `calibration()`,
+`evaluate(model)` and, for training, `training(epoch)` and `loss(outputs, targets)`; `output` says what the network
+returns, "logits" (the default) or "embedding". A `.safetensors` file is a task too: weights alone.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from factorpack.errors import FactorpackError, TaskError
+
+OUTPUTS = ("logits", "embedding")
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task's functions; what it lacks raises TaskError when it is asked for."""
+
+    name: str
+    functions: Mapping[str, Any]
+
+    @property
+    def output(self) -> str:
+        """What the network returns."""
+        output = self.functions.get("output", "logits")
+        if output not in OUTPUTS:
+            raise TaskError(f"{self.name}: output is {output!r}; it must be one of {', '.join(OUTPUTS)}")
+        return str(output)
+
+    def has(self, function: str) -> bool:
+        return callable(self.functions.get(function))
+
+    def _call(self, function: str, *arguments: object) -> Any:
+        if not self.has(function):
+            raise TaskError(f"{self.name} has no function {function}(): define it in the task file")
+        try:
+            return self.functions[function](*arguments)
+        except FactorpackError:
+            raise
+        except Exception as error:
+            raise TaskError(f"{self.name}: {function}() failed: {_place(error)}") from error
+
+    def model(self) -> nn.Module:
+        """A fresh copy of the trained network, in eval mode."""
+        model = self._call("model")
+        if not isinstance(model, nn.Module):
+            raise TaskError(f"{self.name}: model() returned {type(model).__name__}, not a torch.nn.Module")
+        return model
+
+    def calibration(self) -> list[object]:
+        """Its unlabelled batches."""
+        try:
+            return list(self._call("calibration"))
+        except FactorpackError:
+            raise
+        except Exception as error:
+            raise TaskError(f"{self.name}: calibration() failed: {_place(error)}") from error
+
+    def evaluate(self, model: nn.Module) -> Scores:
+        """Scores by name, the first one being the one that counts; a single number is called "score"."""
+        found = self._call("evaluate", model)
+        scores = found if isinstance(found, dict) else {"score": found}
+        try:
+            return {str(name): float(score) for name, score in scores.items()}
+        except (TypeError, ValueError) as error:
+            raise TaskError(f"{self.name}: evaluate() must return a number or a dict of numbers") from error
+
+
+def _place(error: Exception) -> str:
+    """An exception with the line it came from, for people who will not see a traceback."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f" ({Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})" if trace is not None else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"factorpack_task_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # The folder stays importable: task functions may import from it when they run.
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_task(spec: str) -> Task:
+    """The task of a `.py` file or of `module:attribute` (a module or any object that has the functions).
+
+    Raises TaskError where it is not found or fails while it is loaded.
+    """
+    path = Path(spec)
+    try:
+        if path.suffix == ".py":
+            if not path.is_file():
+                raise TaskError(f"no task file {spec}; give a .py file, module:attribute or a .safetensors file")
+            return Task(path.name, vars(_module(path.resolve())))
+        if ":" in spec:
+            name, attribute = spec.split(":", 1)
+            holder = getattr(importlib.import_module(name), attribute)
+            return Task(spec, {key: getattr(holder, key) for key in dir(holder) if not key.startswith("_")})
+    except FactorpackError:
+        raise
+    except Exception as error:
+        raise TaskError(f"{spec} cannot be loaded: {_place(error)}") from error
+    raise TaskError(f"{spec} is no task: give a .py file, module:attribute or a .safetensors file")
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise TaskError(f"no file {path}; give a .py file, module:attribute or a .safetensors file")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise TaskError(f"{path} is no valid safetensors file ({error})") from error
+
+
+Evaluate = Callable[[nn.Module], float | Scores]
+Batches = Iterable[object]
