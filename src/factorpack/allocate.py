@@ -49,7 +49,9 @@ def allocate(curves: Sequence[Sequence[Point]], budget_bytes: int) -> list[int]:
     at = [0] * len(curves)
     left = budget_bytes - sum(points[h[0]].size_bytes for points, h in zip(curves, hulls, strict=True))
     if left < 0:
-        raise BudgetError(f"the smallest way to store the tensors takes {budget_bytes - left} bytes, not {budget_bytes}")
+        raise BudgetError(
+            f"the smallest way to store the tensors takes {budget_bytes - left} bytes, not {budget_bytes}"
+        )
     steps = sorted(
         (-_gain(points, h[k], h[k + 1]), place, k)
         for place, (points, h) in enumerate(zip(curves, hulls, strict=True))

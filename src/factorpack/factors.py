@@ -13,17 +13,18 @@ A step is stored as an integer exponent e and is worth 2^(e/64).
 
 from dataclasses import dataclass
 from functools import cache
-from math import isqrt
+from math import isqrt, prod
 
 import numpy as np
 
-from factorpack._shapes import Float32, Float64, Int32
+from factorpack._shapes import Float32, Float64, Int32, Integer
 from factorpack.errors import MismatchError
 from factorpack.tiling import Tiling
 
 STEPS_PER_OCTAVE = 64
 FRACTION_BITS = 30
 EXPONENT_LIMIT = 120 * STEPS_PER_OCTAVE
+LOGARITHM_LIMIT = 1000 * STEPS_PER_OCTAVE
 INTEGER_LIMIT = 2**24
 
 
@@ -53,7 +54,7 @@ def steps_of(exponents: Int32[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
 def exponents_of(steps: Float64[np.ndarray, "..."]) -> Int32[np.ndarray, "..."]:
     """The exponents whose steps are nearest to positive `steps` in the logarithm."""
     exponents = np.rint(np.log2(steps) * STEPS_PER_OCTAVE)
-    return np.clip(exponents, -EXPONENT_LIMIT, EXPONENT_LIMIT).astype(np.int32)
+    return np.asarray(np.clip(exponents, -EXPONENT_LIMIT, EXPONENT_LIMIT), np.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,7 @@ class Grid:
             raise MismatchError(f"a grid of {self.low}..{self.high} is empty or wider than ±{INTEGER_LIMIT}")
         if self.exponents.ndim != 1 or not self.exponents.size:
             raise MismatchError(f"a grid has one exponent or one a line, not shape {self.exponents.shape}")
-        if int(np.abs(self.exponents).max()) > EXPONENT_LIMIT:
+        if self.exponents.min() < -EXPONENT_LIMIT or self.exponents.max() > EXPONENT_LIMIT:
             raise MismatchError(f"a step's exponent lies outside ±{EXPONENT_LIMIT}")
 
     @property
@@ -194,7 +195,9 @@ class FactoredVector:
     """A small tensor on a grid of its own: `values = offset · step + integers · step`, or powers of two.
 
     `integers` (size,) are counted from `offset`; on the logarithmic scale a value is 2^((offset+i)·r/64)
-    with `exponent` holding r.
+    with `exponent` holding r. Values beyond float32 become its largest.
+
+    Raises MismatchError where the integers do not fill the shape or the steps leave what float64 holds.
     """
 
     shape: tuple[int, ...]
@@ -203,11 +206,23 @@ class FactoredVector:
     offset: int
     logarithmic: bool
 
+    def __post_init__(self) -> None:
+        if self.integers.shape != (prod(self.shape),):
+            raise MismatchError(f"{self.integers.size} integers do not fill a tensor of shape {self.shape}")
+        levels = self._levels * self.exponent if self.logarithmic else np.array([self.exponent])
+        limit = LOGARITHM_LIMIT if self.logarithmic else EXPONENT_LIMIT
+        if levels.size and (levels.min() < -limit or levels.max() > limit):
+            raise MismatchError(f"an exponent of a small tensor lies outside ±{limit}")
+
+    @property
+    def _levels(self) -> Integer[np.ndarray, " size"]:
+        return self.integers.astype(np.int64) + self.offset
+
     def tensor(self) -> Float32[np.ndarray, "..."]:
         """The tensor in its own shape, float32."""
-        levels = self.integers.astype(np.int64) + self.offset
         if self.logarithmic:
-            values = steps_of(np.asarray(levels * self.exponent, np.int32))
+            values = steps_of(np.asarray(self._levels * self.exponent, np.int32))
         else:
-            values = levels.astype(np.float64) * steps_of(np.array(self.exponent, np.int32))
-        return np.asarray(values, np.float32).reshape(self.shape)
+            values = self._levels.astype(np.float64) * steps_of(np.array(self.exponent, np.int32))
+        largest = np.finfo(np.float32).max
+        return np.asarray(np.clip(values, -largest, largest), np.float32).reshape(self.shape)

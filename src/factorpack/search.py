@@ -25,6 +25,8 @@ PRICED_RADIUS = 31
 TOLERANCE = 0.003
 """A file that is less than this part below its budget is close enough."""
 SEARCHES = 14
+FILLINGS = 8
+FILLING_RATIO = 1.15
 SOLVERS = ("sequential", "projected-gradient")
 
 Progress = Callable[[str, int, int], None]
@@ -222,15 +224,23 @@ def pack(state: State, size_bytes: int, options: Options, progress: Progress) ->
         rate = following
     best = below or above
     assert best is not None
+    rate = best[0]
     try:
-        data, contents, chosen = search.file(best[0], size_bytes)
+        data, contents, chosen = search.file(rate, size_bytes)
+        # Where a layer changes its form the size jumps: finer candidates of the others fill the gap.
+        for _ in range(FILLINGS):
+            if len(data) >= size_bytes * (1 - 2 * TOLERANCE) or above is None:
+                break
+            above = (above[0] / FILLING_RATIO, above[1])
+            search.at(above[0])
+            data, contents, chosen = search.file(rate, size_bytes)
     except BudgetError:
         smallest = _smallest(search)
         raise BudgetError(
-            f"{size_bytes:,} bytes cannot be met: the smallest file of this model "
-            f"takes {smallest:,} bytes (all weights rounded away); ask for more"
+            f"{size_bytes:,} bytes cannot be met: the smallest file of this model takes {smallest:,} bytes, "
+            f"with all weights rounded away; ask for more"
         ) from None
-    return Packed(data, contents, _plan(chosen, best[0], options.seed, len(data)))
+    return Packed(data, contents, _plan(chosen, rate, options.seed, len(data)))
 
 
 def _next_rate(

@@ -24,6 +24,7 @@ import numpy as np
 
 from factorpack.coding.reader import Reader, append_varint, append_zigzag
 from factorpack.coding.streams import (
+    IntegerPlan,
     decode_integers,
     decode_runs,
     encode_integers,
@@ -41,17 +42,18 @@ BASIS_FORMS = ("sparse_pca", "svd", "vq")
 TRANSPOSED, GROUPED, ALONG_INPUTS = 1, 2, 4
 LINES = 64
 MAX_BITS = 25
+MAX_ENTRIES = 1 << 32
+"""No tensor or factor has more entries: a stream of one symbol is as short for any number of them."""
 
 
-def _append_grid(out: bytearray, grid: Grid) -> None:
+def _grid_parts(grid: Grid) -> list[bytes | IntegerPlan]:
     bits = grid.high.bit_length() + 1
     assert (grid.low, grid.high) == (-(1 << bits - 1), (1 << bits - 1) - 1), "grids at rest are whole signed bits"
-    if grid.exponents.size == 1:
-        out.append(bits)
-        append_zigzag(out, int(grid.exponents[0]))
-    else:
-        out.append(bits | LINES)
-        out += encode_integers(grid.exponents[None])
+    if grid.exponents.size > 1:
+        return [bytes([bits | LINES]), plan_integers(grid.exponents[None])]
+    out = bytearray([bits])
+    append_zigzag(out, int(grid.exponents[0]))
+    return [bytes(out)]
 
 
 def _read_grid(reader: Reader, lines: int, what: str) -> Grid:
@@ -59,16 +61,14 @@ def _read_grid(reader: Reader, lines: int, what: str) -> Grid:
     bits = head & ~LINES
     if not 1 <= bits <= MAX_BITS:
         raise FormatError(f"{what}: {bits} bits are not 1 to {MAX_BITS}")
-    if head & LINES:
-        exponents = decode_integers(reader, (1, lines))[0]
-    else:
-        exponents = np.array([reader.zigzag(what)], np.int32)
+    lined = head & LINES
+    exponents = decode_integers(reader, (1, lines))[0] if lined else np.array([reader.zigzag(what)], np.int32)
     reader.book("steps")
     return Grid(-(1 << bits - 1), (1 << bits - 1) - 1, exponents)
 
 
-def encode_weight(weight: FactoredWeight) -> bytes:
-    """The record of a weight."""
+def _parts(weight: FactoredWeight) -> list[bytes | IntegerPlan]:
+    """The record of a weight: bytes that are known, and streams that can be priced or written."""
     tiling = weight.tiling
     out = bytearray([FORMS.index(weight.form)])
     grouped, along = tiling.groups > 1, tiling.depth > 0
@@ -77,28 +77,23 @@ def encode_weight(weight: FactoredWeight) -> bytes:
         append_varint(out, tiling.groups)
     if along:
         append_varint(out, tiling.depth)
-    _append_grid(out, weight.basis.grid)
+    parts: list[bytes | IntegerPlan] = [bytes(out), *_grid_parts(weight.basis.grid)]
     if weight.basis.integers is not None:
-        append_varint(out, weight.basis.integers.shape[1])
-        out += encode_integers(weight.basis.integers)
+        append_varint(rank := bytearray(), weight.basis.integers.shape[1])
+        parts += [bytes(rank), plan_integers(weight.basis.integers)]
     if isinstance(weight.codes, OneHotCodes):
-        out += encode_integers(weight.codes.indices[None])
-    else:
-        _append_grid(out, weight.codes.grid)
-        out += encode_integers(weight.codes.integers)
-    return bytes(out)
+        return [*parts, plan_integers(weight.codes.indices[None])]
+    return [*parts, *_grid_parts(weight.codes.grid), plan_integers(weight.codes.integers)]
+
+
+def encode_weight(weight: FactoredWeight) -> bytes:
+    """The record of a weight."""
+    return b"".join(part if isinstance(part, bytes) else part.to_bytes() for part in _parts(weight))
 
 
 def predicted_bits(weight: FactoredWeight) -> float:
     """What `encode_weight` will take, from the same tables, without the bytes being made."""
-    head = bytearray(6)
-    _append_grid(head, weight.basis.grid)
-    bits = 8.0 * len(head)
-    if weight.basis.integers is not None:
-        bits += plan_integers(weight.basis.integers).bits.total
-    if isinstance(weight.codes, OneHotCodes):
-        return bits + plan_integers(weight.codes.indices[None]).bits.total
-    return bits + plan_integers(weight.codes.integers).bits.total
+    return sum(8.0 * len(part) if isinstance(part, bytes) else part.bits.total for part in _parts(weight))
 
 
 def decode_weight(reader: Reader, shape: tuple[int, ...]) -> FactoredWeight:
@@ -115,11 +110,14 @@ def decode_weight(reader: Reader, shape: tuple[int, ...]) -> FactoredWeight:
     try:
         tiling = Tiling(shape, groups, bool(flags & TRANSPOSED), depth)
         rows, count = tiling.tiled_shape
+        if rows * count > MAX_ENTRIES:
+            raise FormatError(f"tiles {(rows, count)} have more than {MAX_ENTRIES} entries")
         grid = _read_grid(reader, rows, "the basis' grid")
         basis, rank = None, rows
         if form in BASIS_FORMS:
             rank = reader.varint("the rank")
-            if not 1 <= rank <= max(rows, count):
+            entries = rank * (rows if form == "vq" else max(rows, count))
+            if not 1 <= rank <= max(rows, count) or entries > MAX_ENTRIES:
                 raise FormatError(f"a rank of {rank} does not fit tiles {(rows, count)}")
             reader.book("steps")
             basis = decode_integers(reader, (rows, rank))
@@ -155,8 +153,12 @@ def decode_vectors(reader: Reader, shapes: Sequence[tuple[int, ...]]) -> list[Fa
     logarithmic, exponents, offsets = (decode_integers(reader, (1, count))[0] for _ in range(3))
     if count and (logarithmic.min() < 0 or logarithmic.max() > 1):
         raise FormatError("a small tensor is neither logarithmic nor not")
-    sizes = np.array([prod(shape) for shape in shapes], np.int64)
-    parts = np.split(decode_runs(reader, sizes), np.cumsum(sizes)[:-1]) if count else []
+    entries = [prod(shape) for shape in shapes]
+    if sum(entries) > MAX_ENTRIES:
+        raise FormatError(f"the small tensors have more than {MAX_ENTRIES} entries")
+    sizes = np.array(entries, np.int64)
+    values = decode_runs(reader, sizes)
+    parts = np.split(values, np.cumsum(sizes)[:-1]) if count else []
     try:
         return [
             FactoredVector(shape, part, int(exponent), int(offset), bool(log))

@@ -2,7 +2,7 @@
 
 A file is a valid safetensors file with the metadata {"factorpack": VERSION} and one U8 tensor, "factorpack":
 
-    u32     bytes of the index as stored; u32 bytes of the index; u32 CRC-32 of the index
+    u32     bytes of the index as stored; u32 bytes of the index; u32 CRC-32 of the index as stored
     index   deflated: for each tensor a kind, a dtype, its shape; sizes of the records; the names
     records of the weights in the order of the index, then one of the small tensors and one of the exact ones,
             where there are any; each followed by its u32 CRC-32
@@ -27,6 +27,8 @@ DTYPES = (
     "complex64", "complex128", "uint16", "uint32", "uint64",
 )  # fmt: skip
 """A dtype's place is its id in the file."""
+NUMPY_DTYPES = {name: np.dtype("float32" if name == "bfloat16" else name).newbyteorder("<").str for name in DTYPES}
+"""How exact tensors are held; bfloat16, which NumPy lacks, as the float32 of equal value."""
 MAX_INDEX_BYTES = 1 << 28
 MAX_AXES = 16
 PARTS = ("codes", "basis", "tables", "steps", "small tensors", "exact tensors", "checksums", "index", "header")

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from factorpack.coding.reader import Reader
-from factorpack.coding.records import decode_vectors, decode_weight
+from factorpack.coding.records import MAX_ENTRIES, decode_vectors, decode_weight
 from factorpack.container.layout import (
     ALIAS,
     CHECKSUM_BYTES,
@@ -19,6 +19,7 @@ from factorpack.container.layout import (
     KEY,
     MAX_AXES,
     MAX_INDEX_BYTES,
+    NUMPY_DTYPES,
     VECTOR,
     VERSION,
     WEIGHT,
@@ -29,11 +30,6 @@ from factorpack.container.layout import (
 )
 from factorpack.errors import FormatError
 
-NUMPY_DTYPES = {
-    name: np.dtype("float32" if name == "bfloat16" else name).newbyteorder("<").str for name in DTYPES
-}
-"""How exact tensors are held; bfloat16, which NumPy lacks, as the float32 of equal value."""
-
 
 def _blob(path: Path) -> bytes:
     try:
@@ -41,16 +37,19 @@ def _blob(path: Path) -> bytes:
             version = (file.metadata() or {}).get(KEY)
             if version is None or list(file.keys()) != [KEY]:
                 raise FormatError(f"{path} is a safetensors file, but not one of Factorpack's")
-            if version.split(".")[0] != VERSION.split(".")[0]:
-                raise FormatError(f"{path} has format version {version}; this reader knows {VERSION}: update factorpack")
-            tensor = file.get_tensor(KEY)
+            if version != VERSION:
+                raise FormatError(
+                    f"{path} has format version {version}; this reader knows {VERSION}: update factorpack"
+                )
+            stored = file.get_slice(KEY)
+            # Asked before the tensor is: NumPy lacks some of the dtypes that safetensors has.
+            if stored.get_dtype() != "U8" or len(stored.get_shape()) != 1:
+                raise FormatError(f"{path} is a safetensors file, but not one of Factorpack's")
+            return bytes(file.get_tensor(KEY))
     except FileNotFoundError as error:
         raise FormatError(f"{path} does not exist") from error
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path} is damaged, truncated or not a Factorpack file ({error})") from error
-    if tensor.dtype != np.uint8 or tensor.ndim != 1:
-        raise FormatError(f"{path} is a safetensors file, but not one of Factorpack's")
-    return bytes(tensor)
 
 
 def inflate(data: bytes | memoryview, size: int, what: str) -> bytes:
@@ -82,6 +81,8 @@ class _Index:
         if any(a > MAX_AXES for a in axes):
             raise FormatError(f"a tensor has more than {MAX_AXES} axes")
         self.shapes = [tuple(reader.varint("a shape") for _ in range(a)) for a in axes]
+        if any(prod(max(size, 1) for size in shape) > MAX_ENTRIES for shape in self.shapes):
+            raise FormatError(f"a tensor has more than {MAX_ENTRIES} entries")
         targets = [reader.varint("a tie") for _ in range(ties)]
         records = self.kinds.count(WEIGHT) + (VECTOR in self.kinds) + (EXACT in self.kinds)
         self.sizes = [reader.varint("a record's size") for _ in range(records)]
@@ -89,7 +90,7 @@ class _Index:
             text = bytes(reader.take(reader.remaining, "the names")).decode()
         except UnicodeDecodeError as error:
             raise FormatError("the names are not UTF-8") from error
-        names = text.split("\n") if count + ties else []
+        names = text.split("\n") if count + ties or text else []
         if len(names) != count + ties or len(set(names)) != len(names) or any(t >= count for t in targets):
             raise FormatError("the names of the index do not fit its tensors")
         self.names = names[:count]
@@ -123,10 +124,11 @@ def read(path: Path) -> tuple[Contents, Bill]:
     stored, size, checksum = struct.unpack("<III", reader.take(HEAD_BYTES, "the head"))
     if size > MAX_INDEX_BYTES:
         raise FormatError(f"an index of {size} bytes is larger than {MAX_INDEX_BYTES}")
-    data = inflate(reader.take(stored, "the index"), size, "the index")
-    if zlib.crc32(data) != checksum:
+    deflated = reader.take(stored, "the index")
+    # Of the bytes as stored: deflate ends in bits that mean nothing, and a changed one is damage too.
+    if zlib.crc32(deflated) != checksum:
         raise FormatError("the index is damaged: its checksum is wrong")
-    index = _Index(data)
+    index = _Index(inflate(deflated, size, "the index"))
     sizes = iter(index.sizes)
     found: dict[str, Value] = {}
     bills = []

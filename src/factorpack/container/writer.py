@@ -12,8 +12,20 @@ from safetensors.numpy import save
 
 from factorpack.coding.reader import append_varint
 from factorpack.coding.records import encode_vectors, encode_weight
-from factorpack.container.layout import ALIAS, DTYPES, EXACT, KEY, VECTOR, VERSION, WEIGHT, Contents, Value
-from factorpack.errors import FactorpackError
+from factorpack.container.layout import (
+    ALIAS,
+    DTYPES,
+    EXACT,
+    KEY,
+    MAX_AXES,
+    NUMPY_DTYPES,
+    VECTOR,
+    VERSION,
+    WEIGHT,
+    Contents,
+    Value,
+)
+from factorpack.errors import FactorpackError, UnsupportedError
 from factorpack.factors import FactoredVector, FactoredWeight
 
 
@@ -36,7 +48,10 @@ def _shape(value: Value) -> tuple[int, ...]:
 
 
 def to_bytes(contents: Contents, records: Sequence[bytes] | None = None) -> bytes:
-    """The whole file; `records` are those of the weights in their order where they are at hand already."""
+    """The whole file; `records` are those of the weights in their order where they are at hand already.
+
+    Raises UnsupportedError for a name, a dtype or a number of axes that the file has no place for.
+    """
     weights = [v for v in contents.tensors.values() if isinstance(v, FactoredWeight)]
     vectors = [v for v in contents.tensors.values() if isinstance(v, FactoredVector)]
     exact = [v for v in contents.tensors.values() if isinstance(v, np.ndarray)]
@@ -46,7 +61,7 @@ def to_bytes(contents: Contents, records: Sequence[bytes] | None = None) -> byte
     if exact:
         parts.append(deflate(b"".join(np.ascontiguousarray(v).tobytes() for v in exact)))
     stored = deflate(index := _index(contents, [len(part) for part in parts]))
-    blob = bytearray(struct.pack("<III", len(stored), len(index), zlib.crc32(index)))
+    blob = bytearray(struct.pack("<III", len(stored), len(index), zlib.crc32(stored)))
     blob += stored
     for part in parts:
         blob += part + struct.pack("<I", zlib.crc32(part))
@@ -57,6 +72,7 @@ def _index(contents: Contents, sizes: Sequence[int]) -> bytes:
     """Columns of like values, which deflate well: kinds, dtypes, axes, sizes, names."""
     out = bytearray()
     names = [*contents.tensors, *contents.aliases]
+    _check(contents, names)
     append_varint(out, len(contents.tensors))
     append_varint(out, len(contents.aliases))
     out += bytes(_kind(v) for v in contents.tensors.values()) + bytes([ALIAS]) * len(contents.aliases)
@@ -73,6 +89,20 @@ def _index(contents: Contents, sizes: Sequence[int]) -> bytes:
         append_varint(out, size)
     out += "\n".join(names).encode()
     return bytes(out)
+
+
+def _check(contents: Contents, names: Sequence[str]) -> None:
+    for name in names:
+        if "\n" in name:
+            raise UnsupportedError(f"the name {name!r} holds a line break, which ends a name in the file: rename it")
+    for name, value in contents.tensors.items():
+        dtype, shape = contents.dtypes[name], _shape(value)
+        if dtype not in DTYPES:
+            raise UnsupportedError(f"tensor {name} is of dtype {dtype}: convert it to one of {', '.join(DTYPES)}")
+        if len(shape) > MAX_AXES:
+            raise UnsupportedError(f"tensor {name} has {len(shape)} axes: reshape it to {MAX_AXES} or fewer")
+        if isinstance(value, np.ndarray):
+            assert value.dtype.str == NUMPY_DTYPES[dtype], f"{name} is held as {value.dtype}, not as {dtype}"
 
 
 def write(path: Path, data: bytes) -> None:
@@ -92,8 +122,8 @@ def write(path: Path, data: bytes) -> None:
         # mkstemp makes files for the owner alone; a model file is as public as the user's others.
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
+        Path(name).chmod(0o666 & ~mask)
+        Path(name).replace(path)
     except OSError as error:
         raise FactorpackError(f"cannot write {path}: {error.strerror}") from error
     finally:

@@ -23,6 +23,7 @@ SMOOTHING = 0.1
 """Part of an output's weight that is the mean of all: calibration never saw enough to call one worthless."""
 LOOKUP_SMOOTHING = 0.1
 """The same for rows that are looked up: most of a vocabulary is in no calibration text."""
+EMBX = 3.0
 SMALL = 64
 """Tensors of fewer entries are small, whatever their axes: a record of their own costs more than it saves."""
 
@@ -96,7 +97,7 @@ def _smoothed(rows: Tensor, share: float) -> Tensor:
     return (1 - share) * rows + share * rows.mean()
 
 
-def _metric(tensor: Tensor, tiling: Tiling, seen: WeightStatistics | None, fisher: Tensor) -> Metric:
+def _metric(tiling: Tiling, seen: WeightStatistics | None, fisher: Tensor) -> Metric:
     """Row weights r_o = Σ_j F_oj / tr H over the moments of the inputs; the identity's where those were not seen."""
     outputs, inputs = tiling.matrix_shape
     entries = torch.from_numpy(tiling.matrix(_floats(fisher))).sum(1)
@@ -105,7 +106,7 @@ def _metric(tensor: Tensor, tiling: Tiling, seen: WeightStatistics | None, fishe
     trace = seen.moments.diagonal(dim1=-2, dim2=-1).sum(1).clamp_min(1e-30)
     rows = entries / trace.repeat_interleave(outputs // len(trace))
     if seen.embedding:
-        return Metric(None, _smoothed(rows, LOOKUP_SMOOTHING))
+        return Metric(None, EMBX * _smoothed(rows, LOOKUP_SMOOTHING))
     return Metric(seen.moments, _smoothed(rows, SMOOTHING))
 
 
@@ -117,9 +118,8 @@ def _power(layer: Layer) -> float:
 
 def _relative(tensor: Tensor, power: float) -> Metric:
     """Without data: the loss of a tensor is its relative squared error, times `power`."""
-    rows = tensor.shape[0] if tensor.ndim else 1
-    energy = float(tensor.float().square().sum())
-    return Metric(None, torch.full((rows,), 2 * power / max(energy, 1e-30)))
+    energy = float(tensor.detach().float().square().sum())
+    return Metric(None, torch.full((tensor.shape[0],), 2 * power / max(energy, 1e-30)))
 
 
 def read_state(
@@ -142,6 +142,8 @@ def read_state(
     parameters = set(tensors) if model is None else {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if model is not None and statistics is not None:
         fisher |= batch_norm_curvature(model, fisher)
+    # A pattern that fits one name of a tied tensor spares them all.
+    spared = {id(t) for name, t in tensors.items() if any(fnmatchcase(name, pattern) for pattern in exclude)}
     owners: dict[int, str] = {}
     layers: dict[str, Layer] = {}
     small: dict[str, SmallTensor] = {}
@@ -153,8 +155,8 @@ def read_state(
         if owners.setdefault(id(tensor), name) != name:
             aliases[name] = owners[id(tensor)]
             continue
-        kept = any(fnmatchcase(name, pattern) for pattern in exclude)
-        if kept or not tensor.is_floating_point() or not tensor.numel() or not bool(torch.isfinite(tensor).all()):
+        gridded = tensor.is_floating_point() and tensor.numel() and bool(torch.isfinite(tensor).all())
+        if id(tensor) in spared or not gridded:
             exact[name] = _array(tensor)
         elif tensor.ndim >= 2 and prod(tensor.shape) >= SMALL and name in parameters:
             pending[name] = tensor
@@ -168,13 +170,13 @@ def read_state(
             unseen.append(name)
         if known is not None and bool(known.any()):
             tiling = _tiling(tensor, seen)
-            metric = _metric(tensor, tiling, seen, known)
+            metric = _metric(tiling, seen, known)
             layers[name] = Layer(name, _floats(tensor), tiling, metric, seen is not None and seen.embedding)
     # A layer that nothing is known of counts as much as the others do in the middle.
-    typical = float(np.median([_power(layer) for layer in layers.values()])) if layers else 0.0
+    typical = float(np.median([_power(layer) for layer in layers.values()])) if layers else None
     for name, tensor in pending.items():
         if name not in layers:
-            power = typical if layers else float(tensor.numel())
+            power = float(tensor.numel()) if typical is None else typical
             layers[name] = Layer(name, _floats(tensor), Tiling(tuple(tensor.shape)), _relative(tensor, power), False)
     return State(
         {name: layers[name] for name in pending},

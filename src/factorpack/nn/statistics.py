@@ -20,6 +20,7 @@ Weights are found by identity in the calls of torch.nn.functional, not by module
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class _Sums:
         identity = torch.eye(self.inputs).expand(self.groups, -1, -1)
         total = float(self.positions.max())
         if not total:
-            return WeightStatistics(identity.clone(), self.transposed, True, self.lookups, self.uses)
+            return WeightStatistics(identity.clone(), self.transposed, self.lookups > 0, self.lookups, self.uses)
         moments = self.moments / self.positions.clamp_min(1)[:, None, None]
         if self.lookups:
             share = self.lookups / (self.lookups + total)
@@ -136,8 +137,13 @@ CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 TRANSPOSED_CONVOLUTIONS = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 TRANSPOSED_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-ATTENTION = ("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight")
-PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.addmm, Tensor.addmm}
+ATTENTION = ("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k",
+             "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight")  # fmt: skip
+PRODUCTS = (
+    dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), ("input", "other"))
+    | dict.fromkeys((torch.mm, Tensor.mm), ("input", "mat2"))
+    | dict.fromkeys((torch.addmm, Tensor.addmm), ("input", "mat1", "mat2"))
+)
 TRANSPOSES = {torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__, torch.transpose, Tensor.transpose}  # type: ignore[attr-defined]
 
 
@@ -170,10 +176,12 @@ class _Observer(TorchFunctionMode):
 
     def _observe(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         if func in PRODUCTS:
-            if name := self.names.get(id(args[-1])):
-                self._dense(name, args[-2], out, transposed=True)
-            elif id(args[-1]) in self.views:
-                self._dense(self.views[id(args[-1])][1], args[-2], out, transposed=False)
+            call = _bound(PRODUCTS[func], args, kwargs)
+            x, weight = (call[part] for part in PRODUCTS[func][-2:])
+            if weight.ndim == 2 and id(weight) in self.names:
+                self._dense(self.names[id(weight)], x, out, transposed=True)
+            elif id(weight) in self.views:
+                self._dense(self.views[id(weight)][1], x, out, transposed=False)
             return
         call = _bound(CONVOLUTION if func not in TRANSPOSED_CONVOLUTIONS else TRANSPOSED_CONVOLUTION, args, kwargs)
         name = self.names.get(id(call.get("weight")))
@@ -189,9 +197,13 @@ class _Observer(TorchFunctionMode):
             self._transposed_convolution(name, call, out, TRANSPOSED_CONVOLUTIONS[func])
 
     def _sums(self, name: str, groups: int, inputs: int, transposed: bool = False) -> _Sums:
-        if name not in self.sums:
-            self.sums[name] = _Sums(groups, inputs, transposed)
-        return self.sums[name]
+        """The sums of `name`; where it was first met in another layout, sums that nothing comes of."""
+        found = self.sums.get(name)
+        if found is None:
+            found = self.sums[name] = _Sums(groups, inputs, transposed)
+        elif (found.groups, found.inputs, found.transposed) != (groups, inputs, transposed):
+            return _Sums(groups, inputs, transposed)
+        return found
 
     def _positions(self, alive: Tensor) -> tuple[Tensor, float]:
         """Which positions enter a moment, and how many each stands for; `alive` (P,) says which matter."""
@@ -258,21 +270,42 @@ class _Observer(TorchFunctionMode):
         sums.uses += 1
 
     def _attention(self, call: dict[str, Any], out: Tensor) -> None:
-        """The packed in-projection meets query, key and value in its three blocks of rows."""
-        name = self.names.get(id(call.get("in_proj_weight")))
-        if name is None or not out.requires_grad:
+        """The packed in-projection meets query, key and value in its three blocks of rows; separate ones one each."""
+        if not out.requires_grad:
             return
         parts = [call[part].detach() for part in ("query", "key", "value")]
+        uses = [(call.get(f"{letter}_proj_weight"), [part]) for letter, part in zip("qkv", parts, strict=True)]
+        for weight, met in [(call.get("in_proj_weight"), parts), *uses]:
+            if name := self.names.get(id(weight)):
+                out.register_hook(partial(self._blocks, name, met))
+        if (name := self.names.get(id(call.get("out_proj_weight")))) and (x := _projected(out)) is not None:
+            self._dense(name, x, out, transposed=False)
 
-        def hook(_: Tensor) -> None:
-            sums = self._sums(name, 3, parts[0].shape[-1])
-            for block, part in enumerate(parts):
-                rows = part.reshape(-1, part.shape[-1])
-                chosen, scale = self._positions(torch.ones(len(rows), dtype=torch.bool))
-                sums.add(block, rows[chosen], scale)
-            sums.uses += 1
+    def _blocks(self, name: str, parts: list[Tensor], _: Tensor) -> None:
+        """Adds all of `parts` (..., n), one a group."""
+        sums = self._sums(name, len(parts), parts[0].shape[-1])
+        for block, part in enumerate(parts):
+            rows = part.reshape(-1, part.shape[-1])
+            chosen, scale = self._positions(torch.ones(len(rows), dtype=torch.bool))
+            sums.add(block, rows[chosen], scale)
+        sums.uses += 1
 
-        out.register_hook(hook)
+
+def _projected(out: Tensor) -> Tensor | None:
+    """The input of the product that `out` is a view of, as autograd kept it for the gradient; None where it did not.
+
+    Attention calls its output projection out of sight of every mode.
+    """
+    node = out.grad_fn
+    for _ in range(4):
+        if node is None:
+            break
+        for kept in ("_saved_mat1", "_saved_self"):
+            x = getattr(node, kept, None)
+            if isinstance(x, Tensor) and x.ndim == 2 and x.shape[0] == out.shape[:-1].numel():
+                return x
+        node = node.next_functions[0][0]
+    return None
 
 
 def _output(found: object) -> Tensor:
@@ -312,17 +345,18 @@ def collect(
 ) -> Statistics:
     """Statistics of every parameter over `batches`, one forward and one backward each.
 
-    `output` is "logits" or "embedding": what the model returns. The model is left as it was found, without
-    gradients. Raises TaskError where there is no batch or the model returns no tensor.
+    `output` is "logits" or "embedding": what the model returns. The model is observed in eval mode and left as it
+    was found, without gradients. Raises TaskError where there is no batch or the model returns no tensor.
     """
     generator = torch.Generator().manual_seed(seed)
     parameters = dict(model.named_parameters())
     required = {name: p.requires_grad for name, p in parameters.items()}
     observer = _Observer({id(p): name for name, p in parameters.items()}, generator)
     fisher = {name: torch.zeros(p.shape) for name, p in parameters.items()}
+    training = [module for module in model.modules() if module.training]
     predictions = 0
     try:
-        model.requires_grad_(True)
+        model.eval().requires_grad_(True).zero_grad()
         for batch in batches:
             with torch.enable_grad(), observer:
                 out = call_model(model, batch)
@@ -335,6 +369,8 @@ def collect(
                     parameter.grad = None
             progress()
     finally:
+        for module in training:
+            module.training = True
         for name, parameter in parameters.items():
             parameter.requires_grad_(required[name])
             parameter.grad = None

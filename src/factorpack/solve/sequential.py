@@ -51,6 +51,15 @@ class Price:
         return Price(self.bits, self.column_classes, self.row_classes, self.rate)
 
 
+def _damped(moments: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
+    """`moments` in float64 with a share of their mean input power on the diagonal: they then have an inverse."""
+    moments = moments.double()
+    level = DAMPING * moments.diagonal(dim1=-2, dim2=-1).mean(1)
+    # A layer whose inputs were all zero has nothing to say: any positive diagonal does.
+    level = level.where(level > 0, 1)
+    return moments + level[:, None, None] * torch.eye(moments.shape[-1], dtype=torch.float64)
+
+
 class Feedback:
     """How errors travel between columns, for moments (g, n, n), which are damped; columns in `order`.
 
@@ -59,14 +68,10 @@ class Feedback:
     """
 
     def __init__(self, moments: Float[Tensor, "g n n"], depth: int = 1) -> None:
-        inputs = moments.shape[-1]
         power = moments.diagonal(dim1=-2, dim2=-1)
         tiles = torch.argsort(power.mean(0).reshape(-1, depth).sum(1), descending=True, stable=True)
         self.order = (tiles[:, None] * depth + torch.arange(depth)).reshape(-1)
-        damped = moments.double() + torch.diag_embed((DAMPING * power.double().mean(1, keepdim=True)).expand(-1, inputs))
-        damped = damped[:, self.order][:, :, self.order]
-        # A layer whose inputs were all zero has nothing to say: any positive diagonal does.
-        damped += torch.diag_embed((power.mean(1, keepdim=True) == 0).double().expand(-1, inputs))
+        damped = _damped(moments)[:, self.order][:, :, self.order]
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         self.factor = torch.linalg.cholesky(inverse, upper=True).float()
 
@@ -212,9 +217,7 @@ def principal_basis(problem: Problem, along_inputs: bool) -> tuple[Float[Tensor,
         return basis.flip(1), powers.flip(0)
     rows = problem.metric.row_weights
     scaled = weight if rows is None else weight * rows.double()[:, None].sqrt()
-    moments = problem.moments.double().mean(0)
-    level = moments.diagonal().mean()
-    root = torch.linalg.cholesky(moments + DAMPING * level * torch.eye(len(moments), dtype=torch.float64))
+    root = torch.linalg.cholesky(_damped(problem.moments.mean(0, keepdim=True))[0])
     seen = scaled @ root
     powers, basis = torch.linalg.eigh(seen.T @ seen)
     spans = torch.linalg.solve_triangular(root.T, basis.flip(1), upper=True)
@@ -257,16 +260,14 @@ def with_basis(problem: Problem, tiling: Tiling, basis: Float[Tensor, "d k"], st
     if not tiling.depth:
         target = torch.linalg.lstsq(quantised, weight).solution
         return BasisProblem(tiling, factor, target.float()[None], problem.feedback)
-    moments = problem.moments.double()
+    moments = _damped(problem.moments)
     inner = quantised.T @ moments @ quantised
     blocks = problem.blocks.double()
     target = torch.linalg.solve(inner, quantised.T @ moments @ blocks.mT).mT
     return BasisProblem(tiling, factor, target.float(), Feedback(inner.float()))
 
 
-def vector_quantised(
-    problem: Problem, tiling: Tiling, codewords: int, generator: torch.Generator
-) -> FactoredWeight:
+def vector_quantised(problem: Problem, tiling: Tiling, codewords: int, generator: torch.Generator) -> FactoredWeight:
     """Form `vq`: tiles of `tiling.depth` inputs, each one of `codewords`, found by k-means and assigned in turn.
 
     The depth divides the inputs, so that a tile lies within an output.
@@ -276,7 +277,7 @@ def vector_quantised(
     rows = problem.metric.row_weights
     weights = None if rows is None else rows.repeat_interleave(problem.weight.shape[1] // depth).expand(depth, -1)
     centres = kmeans(tiles, codewords, generator, weights)[0]
-    step, exponents = snapped(float(centres.abs().max()) / 127)
+    step, exponents = snapped(max(float(centres.abs().max()) / 127, 1e-30))
     integers = torch.round(centres / step)
     found = round_tiles(problem.blocks, Feedback(problem.moments, depth), integers.T * step)
     whole = _integers(integers)

@@ -1,0 +1,105 @@
+"""Who may import whom: data flows one way, and a file is read without torch."""
+
+import ast
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1] / "src" / "factorpack"
+FREE = {"errors", "_shapes"}
+"""What everything may import."""
+ALLOWED = {
+    "errors": set(),
+    "_shapes": set(),
+    "tiling": FREE,
+    "factors": FREE | {"tiling"},
+    "plan": FREE,
+    "allocate": FREE | {"plan"},
+    "coding": FREE | {"coding", "factors", "tiling"},
+    "container": FREE | {"container", "coding", "factors", "tiling"},
+    "solve": FREE | {"solve", "factors", "tiling"},
+    "runtime": FREE | {"runtime", "factors", "tiling"},
+    "nn": FREE | {"nn", "runtime", "solve", "factors", "tiling"},
+    "evaluate": FREE | {"evaluate", "container", "nn", "factors", "tiling"},
+    "task": FREE,
+}
+"""By the first name below the package; what is missing here is composition."""
+COMPOSITION = {"search": {"cli", "pipeline"}, "pipeline": {"cli"}, "cli": set(), "__init__": {"cli"}}
+"""Composition, and what of the package even that may not import."""
+WITHOUT_TORCH = {"factors", "tiling", "plan", "allocate", "errors", "_shapes", "coding", "container"}
+
+
+def unit_of(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def modules_of(tree, package):
+    """Dotted names that a module imports, anywhere in it; relative ones made whole."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*parts, *([node.module] if node.module else [])])
+            # `from factorpack import tiling` names a unit in its list.
+            yield from (f"{base}.{alias.name}" for alias in node.names) if base == "factorpack" else (base,)
+
+
+@cache
+def imports():
+    found = []
+    for path in sorted(ROOT.rglob("*.py")):
+        package = ["factorpack", *path.relative_to(ROOT).parts[:-1]]
+        for module in modules_of(ast.parse(path.read_text()), package):
+            found.append((path.relative_to(ROOT).as_posix(), unit_of(path), module))
+    return found
+
+
+def test_the_walk_sees_the_imports_there_are():
+    seen = {(unit, module) for _, unit, module in imports()}
+    assert ("factors", "factorpack.tiling") in seen
+    assert ("container", "factorpack.coding.records") in seen
+    tree = ast.parse("from factorpack import plan\nfrom . import a\nfrom ..solve.start import b\ndef f():\n import torch")
+    found = set(modules_of(tree, ["factorpack", "nn"]))
+    assert found == {"factorpack.plan", "factorpack.nn", "factorpack.solve.start", "torch"}
+
+
+def test_every_module_has_a_place_in_the_order():
+    units = {unit_of(path) for path in ROOT.rglob("*.py")}
+    assert units <= ALLOWED.keys() | COMPOSITION.keys(), "say in this file what the new module may import"
+
+
+def test_imports_go_one_way():
+    wrong = []
+    for path, unit, module in imports():
+        if module.split(".")[0] != "factorpack" or module == "factorpack":
+            continue
+        target = module.split(".")[1]
+        if target not in ALLOWED[unit] if unit in ALLOWED else target in COMPOSITION[unit]:
+            wrong.append(f"{path} imports {module}")
+    assert not wrong
+
+
+def test_what_reads_files_does_not_import_torch():
+    wrong = [
+        f"{path} imports {module}"
+        for path, unit, module in imports()
+        if unit in WITHOUT_TORCH and (module.split(".")[0] == "torch" or module.startswith("safetensors.torch"))
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "module", ["factorpack", "factorpack.cli", "factorpack.container", "factorpack.coding.records", "factorpack.plan"]
+)
+def test_a_fresh_interpreter_does_not_load_torch(module):
+    if module == "factorpack.cli" and not (ROOT / "cli.py").exists():
+        pytest.skip("there is no command line yet")
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT.parent), os.environ.get("PYTHONPATH", "")])}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert run.returncode == 0, run.stderr or f"{module} loads torch"
