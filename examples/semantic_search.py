@@ -1,6 +1,6 @@
 """Compresses a sentence encoder to 5.5 MB, loads it back and searches with both: do they find the same?
 
-    python examples/semantic_search.py
+python examples/semantic_search.py
 """
 
 import sys
@@ -53,7 +53,10 @@ def main() -> int:
         bar.advance(searching)
         small_vectors, small_found = hits(small, sentences, queries)
     table = Table(
-        "query", f"found by the original, {dense / 1e6:.1f} MB", f"found by the file, {size / 1e6:.2f} MB", show_lines=True
+        "query",
+        f"found by the original, {dense / 1e6:.1f} MB",
+        f"found by the file, {size / 1e6:.2f} MB",
+        show_lines=True,
     )
     for query, a, b in list(zip(queries, found[:, 0], small_found[:, 0], strict=True))[:SHOWN]:
         table.add_row(query, sentences[a], "the same" if a == b else sentences[b])

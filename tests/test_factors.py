@@ -3,10 +3,10 @@
 import math
 from fractions import Fraction
 
+import laws
 import numpy as np
 import pytest
 
-import laws
 from factorpack.errors import MismatchError
 from factorpack.factors import (
     EXPONENT_LIMIT,
@@ -77,10 +77,7 @@ def exact_tiles(weight):
         basis = weight.basis.integers.tolist()
     return np.array(
         [
-            [
-                float(sum(basis[i][k] * codes[k][j] for k in range(rank)) * rows[i] * columns[j])
-                for j in range(count)
-            ]
+            [float(sum(basis[i][k] * codes[k][j] for k in range(rank)) * rows[i] * columns[j]) for j in range(count)]
             for i in range(depth)
         ],
         np.float64,
@@ -174,9 +171,7 @@ def test_factors_that_do_not_meet_are_refused():
     with pytest.raises(MismatchError, match="do not make tiles"):
         FactoredWeight("direct", tiling, Basis(None, grid()), Codes(np.zeros((4, 5), np.int32), grid()))
     with pytest.raises(MismatchError, match="3 steps where 1 or 4"):
-        FactoredWeight(
-            "direct", tiling, Basis(None, grid(8, (0, 0, 0))), Codes(np.zeros((4, 6), np.int32), grid())
-        )
+        FactoredWeight("direct", tiling, Basis(None, grid(8, (0, 0, 0))), Codes(np.zeros((4, 6), np.int32), grid()))
 
 
 def test_a_vector_on_a_uniform_grid_is_exact():

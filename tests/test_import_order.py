@@ -63,7 +63,9 @@ def test_the_walk_sees_the_imports_there_are():
     seen = {(unit, module) for _, unit, module in imports()}
     assert ("factors", "factorpack.tiling") in seen
     assert ("container", "factorpack.coding.records") in seen
-    tree = ast.parse("from factorpack import plan\nfrom . import a\nfrom ..solve.start import b\ndef f():\n import torch")
+    tree = ast.parse(
+        "from factorpack import plan\nfrom . import a\nfrom ..solve.start import b\ndef f():\n import torch"
+    )
     found = set(modules_of(tree, ["factorpack", "nn"]))
     assert found == {"factorpack.plan", "factorpack.nn", "factorpack.solve.start", "torch"}
 

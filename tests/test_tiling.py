@@ -3,10 +3,10 @@
 from itertools import product
 from math import prod
 
+import laws
 import numpy as np
 import pytest
 
-import laws
 from factorpack.errors import MismatchError
 from factorpack.tiling import Tiling
 
@@ -142,6 +142,11 @@ def test_a_tiling_without_sense_is_refused(shape, groups, depth):
 
 def test_another_shape_is_refused():
     tiling = Tiling((4, 3), depth=5)
-    for call, shape in ((tiling.matrix, (3, 4)), (tiling.tile, (12,)), (tiling.unmatrix, (3, 4)), (tiling.untile, (3, 5))):
+    for call, shape in (
+        (tiling.matrix, (3, 4)),
+        (tiling.tile, (12,)),
+        (tiling.unmatrix, (3, 4)),
+        (tiling.untile, (3, 5)),
+    ):
         with pytest.raises(MismatchError, match="this tiling is for"):
             call(np.zeros(shape, np.float32))

@@ -255,9 +255,7 @@ def inspect(file: FileArgument, as_json: Json = False) -> None:
     table.add_row("file", *[""] * 7, str(bill.size_bytes), "")
     (screen if screen.is_terminal else Console(width=max(screen.width, 150))).print(table)
     weights = [asdict(w) | {"size_bytes": w.size_bytes} for w in bill.weights]
-    _result(
-        {"size_bytes": bill.size_bytes, "parts": bill.parts, "weights": weights, "shared": bill.shared}, as_json
-    )
+    _result({"size_bytes": bill.size_bytes, "parts": bill.parts, "weights": weights, "shared": bill.shared}, as_json)
 
 
 @app.command(epilog="Example: factorpack verify model.fpk")

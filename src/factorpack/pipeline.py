@@ -121,7 +121,8 @@ def finish(
     size = len(packed.data)
     ratio = dense_bytes(state) / size
     return PackedModel(
-        packed.data, Report(size, ratio, bill, packed.plan, state.unseen, seconds, evaluation if scores else 0.0, scores)
+        packed.data,
+        Report(size, ratio, bill, packed.plan, state.unseen, seconds, evaluation if scores else 0.0, scores),
     )
 
 

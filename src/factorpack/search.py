@@ -256,7 +256,7 @@ def _next_rate(
     if high / low < 1.01:
         return None
     share = math.log(larger / goal) / math.log(larger / smaller)
-    return low * (high / low) ** min(max(share, 0.05), 0.95)
+    return float(low * (high / low) ** min(max(share, 0.05), 0.95))
 
 
 def _smallest(search: _Search) -> int:

@@ -87,7 +87,8 @@ def _place(error: Exception) -> str:
 
 def _module(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"factorpack_task_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # The folder stays importable: task functions may import from it when they run.
     if str(path.parent) not in sys.path:

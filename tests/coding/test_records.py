@@ -1,9 +1,9 @@
 """A weight comes back from its record at the bits foretold, and a record that lies is refused."""
 
+import laws
 import numpy as np
 import pytest
 
-import laws
 from factorpack.coding import Reader, append_varint, append_zigzag, encode_integers
 from factorpack.coding.records import (
     ALONG_INPUTS,
@@ -149,7 +149,8 @@ def test_a_record_for_a_tensor_that_cannot_have_one_is_refused(shape):
 
 
 @pytest.mark.parametrize(
-    ("flag", "number"), [(GROUPED, 0), (GROUPED, 3), (GROUPED | TRANSPOSED, 5), (ALONG_INPUTS, 5), (ALONG_INPUTS, 2**32 - 1)]
+    ("flag", "number"),
+    [(GROUPED, 0), (GROUPED, 3), (GROUPED | TRANSPOSED, 5), (ALONG_INPUTS, 5), (ALONG_INPUTS, 2**32 - 1)],
 )
 def test_groups_and_depths_that_do_not_fit_are_refused(flag, number):
     out = bytearray([0, flag])
@@ -174,7 +175,9 @@ def test_an_index_beyond_the_codewords_is_refused():
     basis = encode_integers(np.ones((2, 2), np.int32) * -1)
     for indices in ([[0, 2, 1]], [[0, -1, 1]]):
         refused(basis_record("vq", 2) + basis + encode_integers(np.array(indices, np.int32)), (2, 3), "codewords")
-    good = decode_weight(Reader(basis_record("vq", 2) + basis + encode_integers(np.array([[0, 1, 1]], np.int32))), (2, 3))
+    good = decode_weight(
+        Reader(basis_record("vq", 2) + basis + encode_integers(np.array([[0, 1, 1]], np.int32))), (2, 3)
+    )
     assert isinstance(good.codes, OneHotCodes)
 
 

@@ -101,7 +101,8 @@ def _check(contents: Contents, names: Sequence[str]) -> None:
             raise UnsupportedError(f"tensor {name} is of dtype {dtype}: convert it to one of {', '.join(DTYPES)}")
         if len(shape) > MAX_AXES:
             raise UnsupportedError(f"tensor {name} has {len(shape)} axes: reshape it to {MAX_AXES} or fewer")
-        if isinstance(value, np.ndarray):
+        if _kind(value) == EXACT:
+            assert isinstance(value, np.ndarray), f"{name} is a {type(value).__name__}, which is no array"
             assert value.dtype.str == NUMPY_DTYPES[dtype], f"{name} is held as {value.dtype}, not as {dtype}"
 
 

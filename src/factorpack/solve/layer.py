@@ -39,8 +39,10 @@ BASIS_SHARE = 0.25
 CODEWORDS = ((2, 8), (2, 16), (2, 32), (2, 64), (3, 32), (3, 64), (3, 128), (3, 256), (4, 64), (4, 128), (4, 256),
              (4, 512), (8, 256), (9, 256))  # fmt: skip
 """Depth and number of the codewords that form `vq` tries."""
-SPARSITIES = (0.3, 0.5, 0.65, 0.8, 0.9)
+SPARSITIES = (0.3, 0.6, 0.8)
 """Shares of zeros that projected gradients try."""
+RANKS = (0.5, 1.0)
+"""Ranks that projected gradients try, as parts of d; of `svd` less than one."""
 
 Pricer = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
 """Integers (k, N) to the bits of −R..R in each context (K, 2R+1), row classes (k,) and column classes (N,)."""
@@ -136,19 +138,32 @@ class Layer:
             return found.solve(form, codes_step)
         return self._priced(lambda price: found.solve(form, codes_step, price), pricer)
 
-    def codebooks(self, generator: torch.Generator) -> Iterator[FactoredWeight]:
-        """Form `vq` with each number of codewords that the weight has tiles for."""
+    def _tilings(self) -> Iterator[tuple[Tiling, int]]:
+        """Tiles within an output, and numbers of codewords that the weight has tiles for."""
         outputs, inputs = self.tiling.matrix_shape
         for depth, codewords in CODEWORDS:
-            if inputs % depth or outputs * inputs < 8 * depth * codewords:
-                continue
-            tiling = Tiling(self.tiling.shape, self.tiling.groups, self.tiling.transposed, depth)
+            if inputs % depth == 0 and outputs * inputs >= 8 * depth * codewords:
+                yield Tiling(self.tiling.shape, self.tiling.groups, self.tiling.transposed, depth), codewords
+
+    def codebooks(self, generator: torch.Generator) -> Iterator[FactoredWeight]:
+        """Form `vq` by sequential rounding, over a ladder of depths and numbers of codewords."""
+        for tiling, codewords in self._tilings():
             yield vector_quantised(self.problem, tiling, codewords, generator)
 
+    def _gradient_settings(self, form: str) -> Iterator[tuple[Tiling, GradientSettings]]:
+        """The ladder of projected gradients: ranks, shares of zeros, bits of the codes."""
+        if form == "vq":
+            yield from ((tiling, GradientSettings(rank=codewords)) for tiling, codewords in self._tilings())
+            return
+        tiling = self.tiling if form == "direct" else self.basis_tiling
+        depth = tiling.tiled_shape[0]
+        ranks = {max(1, min(int(part * depth), depth - (form == "svd"))) for part in RANKS}
+        for rank in (depth,) if form == "direct" else sorted(ranks):
+            for sparsity in (0.0,) if form == "svd" else SPARSITIES:
+                for bits in (3, 4):
+                    yield tiling, GradientSettings(rank=rank, sparsity=sparsity, code_bits=bits)
+
     def descents(self, form: str, generator: torch.Generator) -> Iterator[FactoredWeight]:
-        """Form `form` by projected gradients over a ladder of sparsities, at the paper's layout of steps."""
-        depth = self.basis_tiling.tiled_shape[0]
-        for sparsity in (0.0,) if form in ("svd", "vq") else SPARSITIES:
-            for bits in (3, 4):
-                settings = GradientSettings(rank=depth, sparsity=sparsity, code_bits=bits)
-                yield descend(self.tensor, self.basis_tiling, self.metric, form, settings, generator).weight
+        """Form `form` by projected gradients over a ladder of settings, with the paper's steps a row and a column."""
+        for tiling, settings in self._gradient_settings(form):
+            yield descend(self.tensor, tiling, self.metric, form, settings, generator).weight
