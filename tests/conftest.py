@@ -1,1 +1,56 @@
-"""Its place puts this folder on the path: tests of every folder import `laws` from it."""
+"""Its place puts this folder on the path: tests of every folder import `laws` and `digits` from it."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import shape_checks
+from torch import nn
+
+shape_checks.install()
+
+
+@pytest.fixture(autouse=True)
+def _unchecked_shapes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if getattr(request.node, "originalname", None) in shape_checks.HANDED_WRONG_SHAPES:
+        monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A task file in a folder of its own, and what is known of its network."""
+
+    path: Path
+    scores: dict[str, float]
+    names: tuple[str, ...]
+    size_bytes: int
+
+    @property
+    def weights(self) -> Path:
+        return self.path.with_name("digits.safetensors")
+
+
+@pytest.fixture(scope="session")
+def digits_task(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """The digits network, trained: a task file that stands on its own, its original scores and dense bytes."""
+    # Late, so that tests of NumPy's part run where only that is installed.
+    import digits
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("digits")
+    network = digits.train()
+    tensors = network.state_dict()
+    save_file(tensors, folder / "digits.safetensors")
+    path = shutil.copy(digits.__file__, folder / "digits_task.py")
+    dense = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return Trained(path, digits.evaluate(network), tuple(tensors), dense)
+
+
+@pytest.fixture
+def digits_network(digits_task: Trained) -> nn.Module:
+    """A fresh copy of the digits network."""
+    from factorpack.task import load_task
+
+    return load_task(str(digits_task.path)).model()

@@ -54,8 +54,8 @@ def imports():
     found = []
     for path in sorted(ROOT.rglob("*.py")):
         package = ["factorpack", *path.relative_to(ROOT).parts[:-1]]
-        for module in modules_of(ast.parse(path.read_text()), package):
-            found.append((path.relative_to(ROOT).as_posix(), unit_of(path), module))
+        name, unit = path.relative_to(ROOT).as_posix(), unit_of(path)
+        found += [(name, unit, module) for module in modules_of(ast.parse(path.read_text()), package)]
     return found
 
 

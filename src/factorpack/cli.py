@@ -169,8 +169,8 @@ def compress(
 
     if bool(size) == bool(ratio):
         raise UnsupportedError("say how small: either --size 60KB or --ratio 18")
-    if ratio < 0:
-        raise UnsupportedError("--ratio is positive")
+    if ratio and not 0 < ratio < float("inf"):
+        raise UnsupportedError(f"--ratio is a positive number, not {ratio}")
     if not out.parent.is_dir():
         raise UnsupportedError(f"the folder {out.parent} does not exist: make it first, or choose another --out")
     goal = parse_size(size) if size else 0

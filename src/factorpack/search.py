@@ -24,9 +24,14 @@ PRICED_RADIUS = 31
 """Integers beyond pay what the outermost of these does."""
 TOLERANCE = 0.003
 """A file that is less than this part below its budget is close enough."""
+VECTOR_SHARE = 1 / 64
+"""Part of λ that small tensors are rounded with: their errors add up over all positions alike, which the curvature
+of single entries does not show (docs/log.md)."""
 SEARCHES = 14
 FILLINGS = 8
 FILLING_RATIO = 1.15
+LARGEST_RATE = 1e36
+"""At that λ all weights are rounded away; past it, and below its inverse, nothing changes."""
 SOLVERS = ("sequential", "projected-gradient")
 
 Progress = Callable[[str, int, int], None]
@@ -88,6 +93,8 @@ class _Search:
     progress: Progress
     found: dict[str, list[Candidate]] = field(default_factory=dict)
     records: dict[int, bytes] = field(default_factory=dict)
+    settled: set[str] = field(default_factory=set)
+    """Layers that no λ changes any more."""
 
     def __post_init__(self) -> None:
         self.found = {name: [] for name in self.state.layers}
@@ -109,6 +116,7 @@ class _Search:
                 weights = layer.codebooks(generator)
             for weight in weights:
                 self._keep(layer, weight, 0.0)
+                self.settled.add(layer.name)
         self.progress(f"{form}, {self.options.solver}", len(layers), len(layers))
 
     @property
@@ -121,7 +129,7 @@ class _Search:
         layers = self.state.layers
         for done, layer in enumerate(layers.values()):
             self.progress("rounding", done, len(layers))
-            if not (self.laddered and self.found[layer.name]):
+            if layer.name not in self.settled:
                 for solve in self._solvers(layer):
                     self._keep(layer, solve(rate), rate)
             total += min(self.found[layer.name], key=lambda c: c.loss + 8 * rate * c.size_bytes).size_bytes
@@ -142,7 +150,16 @@ class _Search:
         return [direct]
 
     def vectors(self, rate: float) -> dict[str, FactoredVector]:
-        return {name: quantise(small.values, small.curvature, rate) for name, small in self.state.small.items()}
+        return {name: quantise(small.values, small.curvature, VECTOR_SHARE * rate) for name, small in self.state.small.items()}
+
+    def overhead(self, rate: float) -> float:
+        """Bytes of a file beside what `at` counts: index, names, checksums, header, exact tensors."""
+        last = {name: found[-1] for name, found in self.found.items()}
+        small = self.vectors(rate)
+        contents = self._contents(last, small)
+        records = [bytes(math.ceil(last[name].size_bytes)) for name in contents.tensors if name in last]
+        counted = sum(map(len, records)) + predicted_vector_bits(list(small.values())) / 8
+        return len(to_bytes(contents, records)) - counted
 
     def file(self, rate: float, budget: int) -> tuple[bytes, Contents, dict[str, Candidate]]:
         """The best file within `budget` of the candidates found so far, small tensors at λ = `rate`.
@@ -162,14 +179,16 @@ class _Search:
                 return data, contents, chosen
             room -= len(data) - budget
 
-    def _written(self, chosen: Mapping[str, Candidate], small: Mapping[str, FactoredVector]) -> tuple[bytes, Contents]:
+    def _contents(self, chosen: Mapping[str, Candidate], small: Mapping[str, FactoredVector]) -> Contents:
         state = self.state
         weights = {name: candidate.weight for name, candidate in chosen.items()}
         stored: dict[str, Any] = weights | dict(small) | dict(state.exact)
-        present = [name for name in state.dtypes if name in stored]
         aliases = {alias: name for alias, name in state.aliases.items() if name in stored}
-        contents = Contents({name: stored[name] for name in present}, state.dtypes, aliases)
-        records = [self._record(weights[name]) for name in present if name in weights]
+        return Contents({name: stored[name] for name in state.dtypes if name in stored}, state.dtypes, aliases)
+
+    def _written(self, chosen: Mapping[str, Candidate], small: Mapping[str, FactoredVector]) -> tuple[bytes, Contents]:
+        contents = self._contents(chosen, small)
+        records = [self._record(chosen[name].weight) for name in contents.tensors if name in chosen]
         return to_bytes(contents, records), contents
 
     def _record(self, weight: FactoredWeight) -> bytes:
@@ -205,13 +224,15 @@ def pack(state: State, size_bytes: int, options: Options, progress: Progress) ->
     search = _Search(state, options, progress)
     if search.laddered:
         search.ladder()
-    overhead = len(search._written({}, {})[0]) + 8 * len(state.layers)
-    goal = size_bytes * (1 - TOLERANCE / 2)
+    goal = max(size_bytes * (1 - TOLERANCE / 2), 1.0)
     rate = _first_rate(state, size_bytes)
+    overhead = -1.0
     above: tuple[float, float] | None = None
     below: tuple[float, float] | None = None
     for _ in range(SEARCHES):
-        size = search.at(rate) + overhead
+        counted = search.at(rate)
+        overhead = search.overhead(rate) if overhead < 0 else overhead
+        size = counted + overhead
         if size > goal:
             above = (rate, size)
         else:
@@ -224,9 +245,8 @@ def pack(state: State, size_bytes: int, options: Options, progress: Progress) ->
         rate = following
     best = below or above
     assert best is not None
-    rate = best[0]
     try:
-        data, contents, chosen = search.file(rate, size_bytes)
+        rate, (data, contents, chosen) = _fitting(search, best[0], size_bytes)
         # Where a layer changes its form the size jumps: finer candidates of the others fill the gap.
         for _ in range(FILLINGS):
             if len(data) >= size_bytes * (1 - 2 * TOLERANCE) or above is None:
@@ -235,11 +255,12 @@ def pack(state: State, size_bytes: int, options: Options, progress: Progress) ->
             search.at(above[0])
             data, contents, chosen = search.file(rate, size_bytes)
     except BudgetError:
-        smallest = _smallest(search)
-        raise BudgetError(
-            f"{size_bytes:,} bytes cannot be met: the smallest file of this model takes {smallest:,} bytes, "
-            f"with all weights rounded away; ask for more"
-        ) from None
+        rate, (data, contents, chosen) = LARGEST_RATE, _smallest(search)
+        if len(data) > size_bytes:
+            raise BudgetError(
+                f"{size_bytes:,} bytes cannot be met: the smallest file of this model takes {len(data):,} bytes, "
+                f"with every weight at its coarsest; ask for more"
+            ) from None
     return Packed(data, contents, _plan(chosen, rate, options.seed, len(data)))
 
 
@@ -248,10 +269,10 @@ def _next_rate(
 ) -> float | None:
     """Where log size would meet log goal; None where λ has nowhere left to go."""
     if above is None or below is None:
-        # Half a bit a weight and more is worth a factor of two in λ; past 2^±120 nothing changes.
+        # Half a bit a weight and more is worth a factor of two in λ.
         following = rate * min(max((size / goal) ** 3, 1 / 64), 64.0)
         following = following * 1.1 if size > goal else following / 1.1
-        return following if 1e-36 < following < 1e36 else None
+        return following if 1 / LARGEST_RATE < following < LARGEST_RATE else None
     (low, larger), (high, smaller) = above, below
     if high / low < 1.01:
         return None
@@ -259,11 +280,30 @@ def _next_rate(
     return float(low * (high / low) ** min(max(share, 0.05), 0.95))
 
 
-def _smallest(search: _Search) -> int:
-    rate = 1e36
-    search.at(rate)
-    chosen = {name: min(found, key=lambda c: c.size_bytes) for name, found in search.found.items()}
-    return len(search._written(chosen, search.vectors(rate))[0])
+def _fitting(
+    search: _Search, rate: float, size_bytes: int
+) -> tuple[float, tuple[bytes, Contents, dict[str, Candidate]]]:
+    """The file at λ = `rate`, or at the next larger one, in growing strides, at which it fits."""
+    stride = 1.01
+    while True:
+        try:
+            return rate, search.file(rate, size_bytes)
+        except BudgetError:
+            if rate >= LARGEST_RATE:
+                raise
+        rate = min(rate * stride, LARGEST_RATE)
+        stride *= stride
+        search.at(rate)
+
+
+def _smallest(search: _Search) -> tuple[bytes, Contents, dict[str, Candidate]]:
+    """The smallest file. Of candidates that every search meets alone, so that all name the same size."""
+    search.at(LARGEST_RATE)
+    chosen = {}
+    for name, found in search.found.items():
+        met = [candidate for candidate in found if candidate.rate in (0.0, LARGEST_RATE)]
+        chosen[name] = min(met, key=lambda c: c.size_bytes)
+    return *search._written(chosen, search.vectors(LARGEST_RATE)), chosen
 
 
 def _plan(chosen: Mapping[str, Candidate], rate: float, seed: int, size_bytes: int) -> ModelPlan:

@@ -93,6 +93,8 @@ def _module(path: Path) -> ModuleType:
     # The folder stays importable: task functions may import from it when they run.
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
+    # Dataclasses and pickles of a task look their module up by name.
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from factorpack._shapes import Float
+from factorpack._shapes import Float, Integer
 from factorpack.factors import Basis, Codes, FactoredWeight, Grid, OneHotCodes, exponents_of, steps_of
 from factorpack.solve.objective import Metric
 from factorpack.solve.start import kmeans
@@ -137,7 +137,7 @@ def round_columns(
 
 def round_tiles(
     target: Float[Tensor, "g r n"], feedback: Feedback, codewords: Float[Tensor, "k d"]
-) -> Float[Tensor, "g r tiles"]:
+) -> Integer[Tensor, "g r tiles"]:
     """Indices of the codewords for tiles of d columns, tile by tile with feedback."""
     x = target[..., feedback.order].clone()
     groups, rows, inputs = x.shape
