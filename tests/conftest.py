@@ -4,18 +4,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import shape_checks
 from torch import nn
 
 shape_checks.install()
-
-
-@pytest.fixture(autouse=True)
-def _unchecked_shapes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if getattr(request.node, "originalname", None) in shape_checks.HANDED_WRONG_SHAPES:
-        monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @dataclass(frozen=True)
@@ -54,3 +47,15 @@ def digits_network(digits_task: Trained) -> nn.Module:
     from factorpack.task import load_task
 
     return load_task(str(digits_task.path)).model()
+
+
+@pytest.fixture(scope="session")
+def digits_file(digits_task: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits network at 8,000 bytes, about four bits a weight."""
+    import factorpack
+    from factorpack.task import load_task
+
+    task = load_task(str(digits_task.path))
+    path = tmp_path_factory.mktemp("packed") / "digits.fpk"
+    factorpack.compress(task.model(), 8000, task.calibration()).save(path)
+    return path

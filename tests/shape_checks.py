@@ -8,9 +8,6 @@ from jaxtyping import install_import_hook
 # A whole number will do where a float is asked for, as it does for mypy.
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
-HANDED_WRONG_SHAPES = {"test_a_grid_without_sense_is_refused"}
-"""Tests that pass arrays of wrong shapes on purpose, to meet the package's own error."""
-
 
 def install() -> None:
     """To be called before anything imports the package; FACTORPACK_NO_SHAPE_CHECKS in the environment stops it."""

@@ -12,9 +12,15 @@ ERRORS = {"BudgetError", "FormatError", "MismatchError", "TaskError", "Unsupport
 
 
 def test_there_are_about_a_dozen_names_and_each_is_there():
-    assert {"FactorpackError", "Options", "PackedModel", "Report", "compress", "load", "load_state_dict"} | ERRORS == set(
-        factorpack.__all__
-    )
+    assert {
+        "FactorpackError",
+        "Options",
+        "PackedModel",
+        "Report",
+        "compress",
+        "load",
+        "load_state_dict",
+    } | ERRORS == set(factorpack.__all__)
     for name in factorpack.__all__:
         assert getattr(factorpack, name).__doc__, f"{name} says nothing of itself"
     assert dir(factorpack) == sorted(factorpack.__all__)

@@ -13,6 +13,7 @@ from factorpack.errors import (
 )
 
 if TYPE_CHECKING:
+    from factorpack.nn.loading import kept_dense, resident_bytes
     from factorpack.pipeline import PackedModel, Report, compress, load, load_state_dict
     from factorpack.search import Options
 
@@ -28,8 +29,10 @@ __all__ = [
     "TaskError",
     "UnsupportedError",
     "compress",
+    "kept_dense",
     "load",
     "load_state_dict",
+    "resident_bytes",
 ]
 
 _HOMES = {
@@ -37,8 +40,10 @@ _HOMES = {
     "PackedModel": "factorpack.pipeline",
     "Report": "factorpack.pipeline",
     "compress": "factorpack.pipeline",
+    "kept_dense": "factorpack.nn.loading",
     "load": "factorpack.pipeline",
     "load_state_dict": "factorpack.pipeline",
+    "resident_bytes": "factorpack.nn.loading",
 }
 
 

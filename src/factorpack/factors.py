@@ -63,7 +63,7 @@ class Grid:
 
     low: int
     high: int
-    exponents: Int32[np.ndarray, " lines"]
+    exponents: Int32[np.ndarray, "..."]
 
     def __post_init__(self) -> None:
         if not -INTEGER_LIMIT <= self.low <= self.high <= INTEGER_LIMIT:

@@ -150,7 +150,10 @@ class _Search:
         return [direct]
 
     def vectors(self, rate: float) -> dict[str, FactoredVector]:
-        return {name: quantise(small.values, small.curvature, VECTOR_SHARE * rate) for name, small in self.state.small.items()}
+        return {
+            name: quantise(small.values, small.curvature, VECTOR_SHARE * rate)
+            for name, small in self.state.small.items()
+        }
 
     def overhead(self, rate: float) -> float:
         """Bytes of a file beside what `at` counts: index, names, checksums, header, exact tensors."""

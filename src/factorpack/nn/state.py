@@ -23,7 +23,9 @@ SMOOTHING = 0.1
 """Part of an output's weight that is the mean of all: calibration never saw enough to call one worthless."""
 LOOKUP_SMOOTHING = 0.1
 """The same for rows that are looked up: most of a vocabulary is in no calibration text."""
-EMBX = 3.0
+LOOKUP_WEIGHT = 3.0
+"""What an error of such a row counts: the rows that other texts need cost about twice what calibration tells of
+its own, and those bytes buy most there (docs/log.md)."""
 SMALL = 64
 """Tensors of fewer entries are small, whatever their axes: a record of their own costs more than it saves."""
 
@@ -106,7 +108,7 @@ def _metric(tiling: Tiling, seen: WeightStatistics | None, fisher: Tensor) -> Me
     trace = seen.moments.diagonal(dim1=-2, dim2=-1).sum(1).clamp_min(1e-30)
     rows = entries / trace.repeat_interleave(outputs // len(trace))
     if seen.embedding:
-        return Metric(None, EMBX * _smoothed(rows, LOOKUP_SMOOTHING))
+        return Metric(None, LOOKUP_WEIGHT * _smoothed(rows, LOOKUP_SMOOTHING))
     return Metric(seen.moments, _smoothed(rows, SMOOTHING))
 
 
