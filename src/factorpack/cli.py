@@ -227,7 +227,7 @@ def evaluate(
         original = loaded.evaluate(loaded.model())
     table = Table("score", "original", *([str(file)] if file else []))
     for name, value in original.items():
-        table.add_row(name, f"{value:.4f}", *([f"{scores[name]:.4f}"] if file else []))
+        table.add_row(name, f"{value:.4f}", *([f"{scores[name]:.4f}" if name in scores else "-"] if file else []))
     screen.print(table)
     _result({"size_bytes": size, "scores": scores, "original": original}, as_json)
 

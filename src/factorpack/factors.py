@@ -78,6 +78,10 @@ class Grid:
         return steps_of(self.exponents)
 
 
+IDENTITY_GRID = Grid(-2, 1, np.zeros(1, np.int32))
+"""The grid of a basis that is the identity and scales nothing."""
+
+
 def _checked(integers: Int32[np.ndarray, "..."], grid: Grid, lines: int, what: str) -> None:
     if integers.size and (integers.min() < grid.low or integers.max() > grid.high):
         raise MismatchError(f"{what} hold integers outside their grid {grid.low}..{grid.high}")

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from factorpack._shapes import Float, Float32, Int32, Integer
 from factorpack.errors import MismatchError, UnsupportedError
-from factorpack.factors import Basis, Codes, FactoredWeight, Grid, OneHotCodes, exponents_of, steps_of
+from factorpack.factors import IDENTITY_GRID, Basis, Codes, FactoredWeight, Grid, OneHotCodes, exponents_of, steps_of
 from factorpack.solve.objective import Metric, distortion, gradient
 from factorpack.solve.sets import SparseGrid, Uniform
 from factorpack.solve.start import kmeans, nearest_codewords, search_steps, singular_factors, whitening
@@ -293,7 +293,7 @@ def _at_rest(problem: _Problem, latents: _Latents) -> FactoredWeight:
         return Uniform(*_range(bits), steps).integers(values.to(torch.float64)).to(torch.int32).numpy()
 
     if latents.basis is None:
-        basis = Basis(None, Grid(0, 1, np.zeros(1, np.int32)))
+        basis = Basis(None, IDENTITY_GRID)
     else:
         grid, steps = grid_of(latents.basis_steps, settings.basis_bits)
         values = latents.basis * latents.basis_unit

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from factorpack._shapes import Float, Integer
-from factorpack.factors import Basis, Codes, FactoredWeight, Grid, OneHotCodes, exponents_of, steps_of
+from factorpack.factors import IDENTITY_GRID, Basis, Codes, FactoredWeight, Grid, OneHotCodes, exponents_of, steps_of
 from factorpack.solve.objective import Metric
 from factorpack.solve.start import kmeans
 from factorpack.tiling import Tiling
@@ -192,9 +192,6 @@ class Problem:
     @property
     def blocks(self) -> Float[Tensor, "g r n"]:
         return self.weight.reshape(self.moments.shape[0], -1, self.weight.shape[1])
-
-
-IDENTITY_GRID = Grid(-2, 1, np.zeros(1, np.int32))
 
 
 def direct(problem: Problem, tiling: Tiling, step: float, price: Price | None = None) -> FactoredWeight:
