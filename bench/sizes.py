@@ -18,7 +18,7 @@ from factorpack.cli import parse_size
 from factorpack.task import Task, load_task
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 
 def measure(task: Task, size: int) -> dict:

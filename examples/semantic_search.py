@@ -22,9 +22,9 @@ from rich.table import Table  # noqa: E402
 import factorpack  # noqa: E402
 
 SIZE = 5_500_000
-SHOWN = 6
+SHOWN = 5
 # Below these the demonstration fails; the first honest run, less a margin for other processors.
-TOP1_AGREEING, TOP10_AGREEING, MEAN_COSINE = 36, 0.85, 0.93
+TOP1_AGREEING, TOP10_AGREEING, MEAN_COSINE = 29, 0.76, 0.94
 
 
 def hits(encoder: torch.nn.Module, sentences: list[str], queries: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,7 +34,7 @@ def hits(encoder: torch.nn.Module, sentences: list[str], queries: list[str]) -> 
 
 
 def main() -> int:
-    console = Console(width=150)
+    console = Console(width=120)
     model = minilm.model()
     dense = sum(p.numel() * p.element_size() for p in model.parameters())
     start = time.perf_counter()
@@ -62,11 +62,14 @@ def main() -> int:
         table.add_row(query, sentences[a], "the same" if a == b else sentences[b])
     console.print(table)
     top1 = int((found[:, 0] == small_found[:, 0]).sum())
+    near = int((found[:, :3] == small_found[:, :1]).any(1).sum()) - top1
     pairs = zip(found, small_found, strict=True)
     top10 = sum(len(set(a.tolist()) & set(b.tolist())) for a, b in pairs) / found.numel()
     cosine = float((vectors * small_vectors).sum(1).mean())
     console.print(f"file            {size:,} bytes, {dense / size:.1f} times smaller, made in {seconds:.0f} s")
-    console.print(f"top-1 hits      {top1} of {len(queries)} agree")
+    console.print(
+        f"top-1 hits      {top1} of {len(queries)} agree; {near} of the others are the original's second or third"
+    )
     console.print(f"top-10 hits     {100 * top10:.1f} % agree")
     console.print(f"mean cosine     {cosine:.4f} between the vectors of both")
     good = size <= SIZE and top1 >= TOP1_AGREEING and top10 >= TOP10_AGREEING and cosine >= MEAN_COSINE
