@@ -237,6 +237,7 @@ def evaluate(
 def inspect(file: FileArgument, as_json: Json = False) -> None:
     """Show where the bytes of a file are; the bill adds up to the file's size."""
     from factorpack.container import read
+    from factorpack.factors import FactoredVector
 
     contents, bill = read(file)
     table = Table("tensor", "form", "shape", "codes", "basis", "tables", "steps", "check", "bytes", "bits/weight")
@@ -248,7 +249,7 @@ def inspect(file: FileArgument, as_json: Json = False) -> None:
         shape = "x".join(map(str, weight.shape))
         table.add_row(weight.name, weight.form, shape, *map(str, parts), str(weight.size_bytes), f"{bits:.2f}")
     table.add_section()
-    small = len(contents.tensors) - len(bill.weights)
+    small = sum(isinstance(tensor, FactoredVector) for tensor in contents.tensors.values())
     for part, value in bill.shared.items():
         table.add_row(f"{part} ({small})" if part == "small tensors" else part, *[""] * 7, str(value), "")
     table.add_section()
