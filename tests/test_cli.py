@@ -257,7 +257,9 @@ def test_sizes_are_read_as_people_write_them(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "KB", "ten", "5 XB", "0.1", "-1KB", "1e3", "..", "inf"])
+@pytest.mark.parametrize(
+    "text", ["", "KB", "ten", "5 XB", "0.1", "-1KB", "1e3", "..", "inf", "5,5MB", "1,23KB", "9" * 400]
+)
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(UnsupportedError, match="write 60KB"):
         parse_size(text)
@@ -265,3 +267,19 @@ def test_what_is_no_size_is_refused(text):
 
 def test_sizes_are_written_for_people():
     assert [human(size) for size in (999, 1500, 5_500_000, 2 * 10**9)] == ["999 B", "1.5 kB", "5.5 MB", "2 GB"]
+
+
+def test_a_path_with_brackets_is_printed_as_it_is(digits_file, tmp_path):
+    folder = tmp_path / "r[best]"
+    folder.mkdir()
+    path = folder / "a[/b].fpk".replace("/", "_")
+    path.write_bytes(Path(digits_file).read_bytes())
+    result = run("verify", path)
+    assert result.exit_code == 0
+    assert "r[best]" in result.output.replace("\n", "")
+
+
+def test_weights_alone_cannot_be_evaluated_and_the_error_says_so(digits_task):
+    result = run("evaluate", digits_task.weights)
+    assert result.exit_code == 1
+    assert "holds weights alone" in result.output.replace("\n", " ")

@@ -265,3 +265,37 @@ def test_dtypes_come_back(dtype, tmp_path):
     tensors = factorpack.load_state_dict(tmp_path / "model.fpk")
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
     assert np.corrcoef(tensors["weight"].double().ravel(), model.weight.detach().double().ravel())[0, 1] > 0.98
+
+
+class SharedMemory(nn.Module):
+    """Two parameters of their own over one memory: a usual way to tie a head to an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(40, 16)
+        self.head = nn.Linear(16, 40, bias=False)
+        self.head.weight = nn.Parameter(self.embedding.weight)
+
+    def forward(self, tokens):
+        return self.head(self.embedding(tokens))
+
+
+def test_parameters_that_share_memory_are_stored_once_and_load_back(tmp_path):
+    tokens = torch.randint(40, (8, 6), generator=torch.Generator().manual_seed(0))
+    packed = factorpack.compress(SharedMemory().eval(), 2000, [tokens])
+    assert len(packed.report.bill.weights) == 1
+    packed.save(tmp_path / "m.fpk")
+    loaded = factorpack.load(tmp_path / "m.fpk", SharedMemory())
+    assert loaded.head.weight.data_ptr() == loaded.embedding.weight.data_ptr()
+
+
+def test_faults_of_the_caller_are_told_without_a_stack_of_torch():
+    model = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 10))
+    with pytest.raises(factorpack.TaskError, match="it must be one of"):
+        factorpack.compress(model, 4000, [torch.randn(4, 12)], output="logit")
+    with pytest.raises(factorpack.TaskError, match="batch 1"):
+        factorpack.compress(model, 4000, [torch.randn(4, 13)])
+    with pytest.raises(factorpack.TaskError, match="not finite"):
+        factorpack.compress(model, 4000, [torch.full((4, 12), torch.nan)])
+    with pytest.raises(UnsupportedError, match="no values"):
+        factorpack.compress(nn.Linear(12, 20, device="meta"), 4000)

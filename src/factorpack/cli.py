@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -33,7 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 notes = Console(stderr=True)
-screen = Console()
+screen = Console(markup=False)
 
 UNITS = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KIB": 1024, "MIB": 1024**2, "GIB": 1024**3}
 
@@ -52,26 +53,23 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*args, **kwargs)
         except FactorpackError as error:
-            notes.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+            notes.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            notes.print("stopped; no file was changed")
+            notes.print("stopped; a file is written complete or not at all")
             raise typer.Exit(130) from None
 
     return wrapped
 
 
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
-
-
 def parse_size(text: str) -> int:
     """Bytes of "60KB", "5.5 MB", "1MiB" or "60_000": kB = 1,000 bytes; UnsupportedError where it is no size."""
-    found = re.fullmatch(r"\s*([\d_.,]+)\s*([a-zA-Z]*)\s*", text)
+    # A comma is no decimal point here: it stands between thousands or is refused.
+    found = re.fullmatch(r"\s*(\d{1,3}(?:,\d{3})+(?:\.\d+)?|[\d_]*\.?\d+)\s*([a-zA-Z]*)\s*", text)
     try:
         assert found is not None
         size = int(float(found[1].replace("_", "").replace(",", "")) * UNITS[found[2].upper()])
-    except (AssertionError, KeyError, ValueError):
+    except (AssertionError, KeyError, ValueError, OverflowError):
         raise UnsupportedError(f"{text!r} is no size: write 60KB, 5.5MB or a number of bytes") from None
     if size < 1:
         raise UnsupportedError(f"a file of {text!r} is no file: write 60KB, 5.5MB or a number of bytes")
@@ -142,7 +140,7 @@ def _state_maker(spec: str, options: Any, progress: Any) -> tuple["Task | None",
         return None, lambda: read_state(tensors, exclude=options.exclude)
     task = load_task(spec)
     if not task.has("calibration"):
-        notes.print(f"{task.name} has no calibration(): compressing without data", highlight=False)
+        notes.print(f"{escape(task.name)} has no calibration(): compressing without data", highlight=False)
     batches = task.calibration() if task.has("calibration") else None
     model = task.model()
     return task, lambda: model_state(model, batches, task.output, options, progress)
@@ -183,7 +181,7 @@ def compress(
     score = (lambda path: _score(loaded, path)) if loaded is not None and loaded.has("evaluate") else None
     report = finish(packed, state, seconds, score, out).report
     for name in report.unseen:
-        notes.print(f"note: {name} was not met in calibration; it is stored by relative error", highlight=False)
+        notes.print(f"note: {escape(name)} was not met in calibration; it is stored by relative error", highlight=False)
     screen.print(
         f"{out}: {report.size_bytes:,} bytes, {report.ratio:.1f} times smaller, {report.seconds:.0f} s", highlight=False
     )
@@ -254,7 +252,7 @@ def inspect(file: FileArgument, as_json: Json = False) -> None:
         table.add_row(f"{part} ({small})" if part == "small tensors" else part, *[""] * 7, str(value), "")
     table.add_section()
     table.add_row("file", *[""] * 7, str(bill.size_bytes), "")
-    (screen if screen.is_terminal else Console(width=max(screen.width, 150))).print(table)
+    (screen if screen.is_terminal else Console(width=max(screen.width, 150), markup=False)).print(table)
     weights = [asdict(w) | {"size_bytes": w.size_bytes} for w in bill.weights]
     _result({"size_bytes": bill.size_bytes, "parts": bill.parts, "weights": weights, "shared": bill.shared}, as_json)
 
@@ -290,7 +288,11 @@ def decompress(
 
     # Tied tensors are written under each of their names: safetensors holds no two names for one tensor.
     dense = {name: tensor.clone().contiguous() for name, tensor in load_state_dict(file).items()}
-    write(out, save(dense))
+    try:
+        data = save(dense)
+    except KeyError as error:
+        raise UnsupportedError(f"safetensors has no place for {error}: use factorpack.load_state_dict") from error
+    write(out, data)
     screen.print(f"{out}: {len(dense)} tensors, {human(out.stat().st_size)}", highlight=False)
     _result({"file": str(out), "tensors": len(dense), "size_bytes": out.stat().st_size}, as_json)
 

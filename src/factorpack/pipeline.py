@@ -17,7 +17,7 @@ from factorpack.nn.state import State, read_state
 from factorpack.nn.statistics import collect
 from factorpack.plan import ModelPlan
 from factorpack.search import Options, Packed, Progress, pack
-from factorpack.task import Evaluate, Scores
+from factorpack.task import Evaluate, Scores, as_scores, checked_output
 
 MODES = ("dense", "on-the-fly")
 
@@ -145,14 +145,14 @@ def compress(
     >>> packed.save("model.fpk")
     """
     chosen = options or Options()
+    checked_output(output, "compress")
     start = time.perf_counter()
     packed, state = pack_state(lambda _: size, lambda: model_state(model, calibration, output, chosen), chosen)
     seconds = time.perf_counter() - start
 
     def score(path: Path) -> Scores:
         assert evaluate is not None
-        found = evaluate(load(path, copy.deepcopy(model)))
-        return dict(found) if isinstance(found, dict) else {"score": found}
+        return as_scores(evaluate(load(path, copy.deepcopy(model))), "compress")
 
     return finish(packed, state, seconds, score if evaluate else None)
 

@@ -15,9 +15,10 @@ FORMS = ("direct", "sparse_pca", "svd", "vq")
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One weight: its form, the step of its codes, the rank of its basis and the depth of its tiles (0: outputs).
+    """One weight: form, step of its codes (the first of several), rank of its basis, depth of its tiles (0: outputs).
 
-    `rate` is the λ it was solved at, in units of loss a bit; `size_bytes` its record; `loss` its distortion.
+    `rate` is the λ it was solved at, loss a bit; `size_bytes` what its record was predicted to take; `loss` half its
+    distortion.
     """
 
     form: str

@@ -8,7 +8,7 @@ returns, "logits" (the default) or "embedding". A `.safetensors` file is a task 
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +22,22 @@ OUTPUTS = ("logits", "embedding")
 Scores = dict[str, float]
 
 
+def checked_output(output: object, what: str) -> str:
+    """What a network returns, by name; TaskError, naming `what`, where it is unknown."""
+    if output not in OUTPUTS:
+        raise TaskError(f"{what}: output is {output!r}; it must be one of {', '.join(OUTPUTS)}")
+    return str(output)
+
+
+def as_scores(found: Any, what: str) -> Scores:
+    """What an evaluation returned as numbers by name; TaskError, naming `what`, where it is something else."""
+    scores = found if isinstance(found, dict) else {"score": found}
+    try:
+        return {str(name): float(score) for name, score in scores.items()}
+    except (TypeError, ValueError) as error:
+        raise TaskError(f"{what}: evaluate() must return a number or a dict of numbers") from error
+
+
 @dataclass(frozen=True)
 class Task:
     """A task's functions; what it lacks raises TaskError when it is asked for."""
@@ -32,10 +48,7 @@ class Task:
     @property
     def output(self) -> str:
         """What the network returns."""
-        output = self.functions.get("output", "logits")
-        if output not in OUTPUTS:
-            raise TaskError(f"{self.name}: output is {output!r}; it must be one of {', '.join(OUTPUTS)}")
-        return str(output)
+        return checked_output(self.functions.get("output", "logits"), self.name)
 
     def has(self, function: str) -> bool:
         return callable(self.functions.get(function))
@@ -69,11 +82,7 @@ class Task:
     def evaluate(self, model: nn.Module) -> Scores:
         """Scores by name, the first one being the one that counts; a single number is called "score"."""
         found = self._call("evaluate", model)
-        scores = found if isinstance(found, dict) else {"score": found}
-        try:
-            return {str(name): float(score) for name, score in scores.items()}
-        except (TypeError, ValueError) as error:
-            raise TaskError(f"{self.name}: evaluate() must return a number or a dict of numbers") from error
+        return as_scores(found, self.name)
 
 
 def _place(error: Exception) -> str:
@@ -118,6 +127,8 @@ def load_task(spec: str) -> Task:
         raise
     except Exception as error:
         raise TaskError(f"{spec} cannot be loaded: {_place(error)}") from error
+    if path.suffix == ".safetensors":
+        raise TaskError(f"{spec} holds weights alone: to evaluate, give a task file (.py) or module:attribute")
     raise TaskError(f"{spec} is no task: give a .py file, module:attribute or a .safetensors file")
 
 
@@ -135,4 +146,3 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 Evaluate = Callable[[nn.Module], float | Scores]
-Batches = Iterable[object]

@@ -334,7 +334,7 @@ def test_the_model_is_left_as_it_was_found() -> None:
 
 def test_the_model_is_restored_after_an_error() -> None:
     model = nn.Linear(3, 2).requires_grad_(False)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(TaskError, match="calibration batch 2"):
         collected(model, rand(4, 3), rand(4, 5))
     assert not any(p.requires_grad for p in model.parameters())
     assert all(p.grad is None for p in model.parameters())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from factorpack._shapes import Float32
-from factorpack.errors import MismatchError
+from factorpack.errors import MismatchError, UnsupportedError
 from factorpack.nn.statistics import Statistics, WeightStatistics
 from factorpack.solve.layer import Layer
 from factorpack.solve.objective import Metric
@@ -72,8 +72,8 @@ def batch_norm_curvature(model: nn.Module, fisher: Mapping[str, Tensor]) -> dict
             continue
         prefix = f"{name}." if name else ""
         if f"{prefix}bias" in fisher and f"{prefix}weight" in fisher:
-            variance = module.running_var.detach().float() + module.eps
-            weight = module.weight.detach().float()
+            variance = module.running_var.detach().cpu().float() + module.eps
+            weight = module.weight.detach().cpu().float()
             found[f"{prefix}running_mean"] = weight.square() / variance * fisher[f"{prefix}bias"]
             found[f"{prefix}running_var"] = (weight / (2 * variance)).square() * fisher[f"{prefix}weight"]
     return found
@@ -124,6 +124,21 @@ def _relative(tensor: Tensor, power: float) -> Metric:
     return Metric(None, torch.full((tensor.shape[0],), 2 * power / max(energy, 1e-30)))
 
 
+def identity(tensor: Tensor) -> object:
+    """What tied tensors have in common: the memory that they show, and how."""
+    if not tensor.numel():
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _check_values(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if nn.parameter.is_lazy(tensor) or tensor.is_meta:
+            raise UnsupportedError(f"{name!r} has no values: load the trained weights into the model first")
+        if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+            raise UnsupportedError(f"{name!r} is {tensor.dtype}, which is small already: cast it to bfloat16 first")
+
+
 def read_state(
     tensors: Mapping[str, Tensor],
     model: nn.Module | None = None,
@@ -135,8 +150,11 @@ def read_state(
     Weights are floating parameters of two and more axes; without a model all such tensors count. Small tensors
     are other floating ones. Integers, tensors that are not finite and those whose name fits a pattern of
     `exclude` are kept exactly. Without statistics a layer's loss is its relative error.
-    Raises MismatchError where a pattern of `exclude` fits no name.
+    Raises MismatchError where a pattern of `exclude` fits no name, UnsupportedError for a tensor without values.
     """
+    # What a module adds to its state by itself need not be a tensor; loading leaves it alone too.
+    tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    _check_values(tensors)
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in tensors):
             raise MismatchError(f"--exclude {pattern!r} fits no tensor; names look like {next(iter(tensors), '')!r}")
@@ -145,8 +163,8 @@ def read_state(
     if model is not None and statistics is not None:
         fisher |= batch_norm_curvature(model, fisher)
     # A pattern that fits one name of a tied tensor spares them all.
-    spared = {id(t) for name, t in tensors.items() if any(fnmatchcase(name, pattern) for pattern in exclude)}
-    owners: dict[int, str] = {}
+    spared = {identity(t) for name, t in tensors.items() if any(fnmatchcase(name, pattern) for pattern in exclude)}
+    owners: dict[object, str] = {}
     layers: dict[str, Layer] = {}
     small: dict[str, SmallTensor] = {}
     exact: dict[str, np.ndarray] = {}
@@ -154,11 +172,13 @@ def read_state(
     unseen: list[str] = []
     pending: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if owners.setdefault(id(tensor), name) != name:
-            aliases[name] = owners[id(tensor)]
+        owner = owners.setdefault(identity(tensor), name)
+        if owner != name:
+            aliases[name] = owner
             continue
-        gridded = tensor.is_floating_point() and tensor.numel() and bool(torch.isfinite(tensor).all())
-        if id(tensor) in spared or not gridded:
+        # As float32: what overflows there is kept exactly.
+        gridded = tensor.is_floating_point() and tensor.numel() and bool(torch.isfinite(tensor.float()).all())
+        if identity(tensor) in spared or not gridded:
             exact[name] = _array(tensor)
         elif tensor.ndim >= 2 and prod(tensor.shape) >= SMALL and name in parameters:
             pending[name] = tensor

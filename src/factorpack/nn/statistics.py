@@ -82,7 +82,7 @@ class _Sums:
     def add(self, group: int, rows: Tensor, scale: float) -> None:
         """Adds a group's inputs `rows` (P, n), each standing for `scale` positions."""
         rows = rows.float()
-        self.moments[group] += scale * (rows.T @ rows)
+        self.moments[group] += scale * (rows.T @ rows).cpu()
         self.positions[group] += scale * len(rows)
 
     def finish(self) -> WeightStatistics:
@@ -357,15 +357,20 @@ def collect(
     predictions = 0
     try:
         model.eval().requires_grad_(True).zero_grad()
-        for batch in batches:
-            with torch.enable_grad(), observer:
-                out = call_model(model, batch)
-            out.backward(_probe(out, output, generator))
+        for number, batch in enumerate(batches, 1):
+            try:
+                with torch.enable_grad(), observer:
+                    out = call_model(model, batch)
+                out.backward(_probe(out, output, generator))
+            except RuntimeError as error:
+                raise TaskError(f"calibration batch {number}: the model failed on it: {error}") from error
+            if not bool(torch.isfinite(out).all()):
+                raise TaskError(f"calibration batch {number}: the network's output is not finite")
             predictions += out.shape[:-1].numel()
             observer.views.clear()
             for name, parameter in parameters.items():
                 if parameter.grad is not None:
-                    fisher[name] += parameter.grad.float().square()
+                    fisher[name] += parameter.grad.float().square().cpu()
                     parameter.grad = None
             progress()
     finally:
