@@ -163,6 +163,11 @@ class FactoredWeight:
             raise MismatchError("the product of basis and codes is too large to be exact")
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
+        return self.tiling.shape
+
+    @property
     def product_bound(self) -> int:
         """No entry of the integer product B·Z is larger than this."""
         basis = self.basis.grid

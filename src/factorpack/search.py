@@ -71,10 +71,9 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A compressed state: the bytes of its file, what is in it, and what was decided."""
+    """A compressed state: the bytes of its file, and what was decided."""
 
     data: bytes
-    contents: Contents
     plan: ModelPlan
 
 
@@ -164,7 +163,7 @@ class _Search:
         counted = sum(map(len, records)) + predicted_vector_bits(list(small.values())) / 8
         return len(to_bytes(contents, records)) - counted
 
-    def file(self, rate: float, budget: int) -> tuple[bytes, Contents, dict[str, Candidate]]:
+    def file(self, rate: float, budget: int) -> tuple[bytes, dict[str, Candidate]]:
         """The best file within `budget` of the candidates found so far, small tensors at λ = `rate`.
 
         Predicted sizes lead; where the bytes then written exceed the budget, the budget of the weights shrinks by
@@ -173,13 +172,13 @@ class _Search:
         small = self.vectors(rate)
         names = list(self.state.layers)
         curves = [[Point(math.ceil(c.size_bytes), c.loss) for c in self.found[name]] for name in names]
-        room = budget - len(self._written({}, small)[0])
+        room = budget - len(self._written({}, small))
         while True:
             picked = allocate(curves, room)
             chosen = {name: self.found[name][i] for name, i in zip(names, picked, strict=True)}
-            data, contents = self._written(chosen, small)
+            data = self._written(chosen, small)
             if len(data) <= budget:
-                return data, contents, chosen
+                return data, chosen
             room -= len(data) - budget
 
     def _contents(self, chosen: Mapping[str, Candidate], small: Mapping[str, FactoredVector]) -> Contents:
@@ -189,10 +188,10 @@ class _Search:
         aliases = {alias: name for alias, name in state.aliases.items() if name in stored}
         return Contents({name: stored[name] for name in state.dtypes if name in stored}, state.dtypes, aliases)
 
-    def _written(self, chosen: Mapping[str, Candidate], small: Mapping[str, FactoredVector]) -> tuple[bytes, Contents]:
+    def _written(self, chosen: Mapping[str, Candidate], small: Mapping[str, FactoredVector]) -> bytes:
         contents = self._contents(chosen, small)
         records = [self._record(chosen[name].weight) for name in contents.tensors if name in chosen]
-        return to_bytes(contents, records), contents
+        return to_bytes(contents, records)
 
     def _record(self, weight: FactoredWeight) -> bytes:
         if id(weight) not in self.records:
@@ -249,22 +248,22 @@ def pack(state: State, size_bytes: int, options: Options, progress: Progress) ->
     best = below or above
     assert best is not None
     try:
-        rate, (data, contents, chosen) = _fitting(search, best[0], size_bytes)
+        rate, (data, chosen) = _fitting(search, best[0], size_bytes)
         # Where a layer changes its form the size jumps: finer candidates of the others fill the gap.
         for _ in range(FILLINGS):
             if len(data) >= size_bytes * (1 - 2 * TOLERANCE) or above is None:
                 break
             above = (above[0] / FILLING_RATIO, above[1])
             search.at(above[0])
-            data, contents, chosen = search.file(rate, size_bytes)
+            data, chosen = search.file(rate, size_bytes)
     except BudgetError:
-        rate, (data, contents, chosen) = LARGEST_RATE, _smallest(search)
+        rate, (data, chosen) = LARGEST_RATE, _smallest(search)
         if len(data) > size_bytes:
             raise BudgetError(
                 f"{size_bytes:,} bytes cannot be met: the smallest file of this model takes {len(data):,} bytes, "
                 f"with every weight at its coarsest; ask for more"
             ) from None
-    return Packed(data, contents, _plan(chosen, rate, options.seed, len(data)))
+    return Packed(data, _plan(chosen, rate, options.seed, len(data)))
 
 
 def _next_rate(
@@ -283,9 +282,7 @@ def _next_rate(
     return float(low * (high / low) ** min(max(share, 0.05), 0.95))
 
 
-def _fitting(
-    search: _Search, rate: float, size_bytes: int
-) -> tuple[float, tuple[bytes, Contents, dict[str, Candidate]]]:
+def _fitting(search: _Search, rate: float, size_bytes: int) -> tuple[float, tuple[bytes, dict[str, Candidate]]]:
     """The file at λ = `rate`, or at the next larger one, in growing strides, at which it fits."""
     stride = 1.01
     while True:
@@ -299,14 +296,14 @@ def _fitting(
         search.at(rate)
 
 
-def _smallest(search: _Search) -> tuple[bytes, Contents, dict[str, Candidate]]:
+def _smallest(search: _Search) -> tuple[bytes, dict[str, Candidate]]:
     """The smallest file. Of candidates that every search meets alone, so that all name the same size."""
     search.at(LARGEST_RATE)
     chosen = {}
     for name, found in search.found.items():
         met = [candidate for candidate in found if candidate.rate in (0.0, LARGEST_RATE)]
         chosen[name] = min(met, key=lambda c: c.size_bytes)
-    return *search._written(chosen, search.vectors(LARGEST_RATE)), chosen
+    return search._written(chosen, search.vectors(LARGEST_RATE)), chosen
 
 
 def _plan(chosen: Mapping[str, Candidate], rate: float, seed: int, size_bytes: int) -> ModelPlan:

@@ -41,12 +41,6 @@ def _kind(value: Value) -> int:
     return VECTOR if isinstance(value, FactoredVector) else EXACT
 
 
-def _shape(value: Value) -> tuple[int, ...]:
-    if isinstance(value, FactoredWeight):
-        return value.tiling.shape
-    return value.shape
-
-
 def to_bytes(contents: Contents, records: Sequence[bytes] | None = None) -> bytes:
     """The whole file; `records` are those of the weights in their order where they are at hand already.
 
@@ -78,9 +72,9 @@ def _index(contents: Contents, sizes: Sequence[int]) -> bytes:
     out += bytes(_kind(v) for v in contents.tensors.values()) + bytes([ALIAS]) * len(contents.aliases)
     out += bytes(DTYPES.index(contents.dtypes[name]) for name in contents.tensors)
     for value in contents.tensors.values():
-        append_varint(out, len(_shape(value)))
+        append_varint(out, len(value.shape))
     for value in contents.tensors.values():
-        for size in _shape(value):
+        for size in value.shape:
             append_varint(out, size)
     places = {name: place for place, name in enumerate(contents.tensors)}
     for target in contents.aliases.values():
@@ -96,7 +90,7 @@ def _check(contents: Contents, names: Sequence[str]) -> None:
         if "\n" in name:
             raise UnsupportedError(f"the name {name!r} holds a line break, which ends a name in the file: rename it")
     for name, value in contents.tensors.items():
-        dtype, shape = contents.dtypes[name], _shape(value)
+        dtype, shape = contents.dtypes[name], value.shape
         if dtype not in DTYPES:
             raise UnsupportedError(f"tensor {name} is of dtype {dtype}: convert it to one of {', '.join(DTYPES)}")
         if len(shape) > MAX_AXES:

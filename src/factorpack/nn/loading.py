@@ -23,6 +23,13 @@ PROBLEMS_SHOWN = 5
 REPORT = "_factorpack_kept_dense"
 
 
+def identity(tensor: torch.Tensor) -> object:
+    """What tied tensors have in common: the memory that they show, and how."""
+    if not tensor.numel():
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
 def state_dict(
     tensors: Mapping[str, Stored], dtypes: Mapping[str, str], aliases: Mapping[str, str]
 ) -> dict[str, torch.Tensor]:
@@ -102,10 +109,6 @@ def _values(stored: Stored) -> np.ndarray:
     return stored if isinstance(stored, np.ndarray) else stored.tensor()
 
 
-def _shape(stored: Stored) -> tuple[int, ...]:
-    return stored.tiling.shape if isinstance(stored, FactoredWeight) else stored.shape
-
-
 def _dense(stored: Stored, dtype: torch.dtype) -> torch.Tensor:
     # A copy: decoded arrays may be read-only, which torch warns of.
     return torch.from_numpy(np.array(_values(stored))).to(dtype)
@@ -137,7 +140,7 @@ def _sources(
         if name not in sources
     ]
     problems += [
-        f"{name!r} {_shape(tensors[source])} of the file is not in the model"
+        f"{name!r} {tensors[source].shape} of the file is not in the model"
         for name, source in sources.items()
         if name not in expected
     ]
@@ -156,8 +159,8 @@ def _sources(
 
 
 def _differences(name: str, tensor: torch.Tensor, stored: Stored, dtype: torch.dtype) -> list[str]:
-    if tuple(tensor.shape) != _shape(stored):
-        return [f"{name!r} is {tuple(tensor.shape)} in the model and {_shape(stored)} in the file"]
+    if tuple(tensor.shape) != stored.shape:
+        return [f"{name!r} is {tuple(tensor.shape)} in the model and {stored.shape} in the file"]
     # Floating point dtypes stand for one another; an integer of another width could lose its value.
     if tensor.dtype != dtype and not (tensor.is_floating_point() and dtype.is_floating_point):
         return [f"{name!r} is {tensor.dtype} in the model and {dtype} in the file"]
@@ -168,13 +171,12 @@ def _merge_ties(
     expected: Mapping[str, torch.Tensor], sources: dict[str, str], tensors: Mapping[str, Stored]
 ) -> list[str]:
     """Give names that are one tensor in the model one source; the ties whose stored values differ."""
-    first: dict[tuple[object, ...], str] = {}
+    first: dict[object, str] = {}
     problems = []
     for name, tensor in expected.items():
         if not tensor.numel():
             continue
-        where = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        other = first.setdefault(where, name)
+        other = first.setdefault(identity(tensor), name)
         if sources[name] != sources[other]:
             if not np.array_equal(_values(tensors[sources[name]]), _values(tensors[sources[other]])):
                 problems.append(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from factorpack._shapes import Float32
 from factorpack.errors import MismatchError, UnsupportedError
+from factorpack.nn.loading import identity
 from factorpack.nn.statistics import Statistics, WeightStatistics
 from factorpack.solve.layer import Layer
 from factorpack.solve.objective import Metric
@@ -122,13 +123,6 @@ def _relative(tensor: Tensor, power: float) -> Metric:
     """Without data: the loss of a tensor is its relative squared error, times `power`."""
     energy = float(tensor.detach().float().square().sum())
     return Metric(None, torch.full((tensor.shape[0],), 2 * power / max(energy, 1e-30)))
-
-
-def identity(tensor: Tensor) -> object:
-    """What tied tensors have in common: the memory that they show, and how."""
-    if not tensor.numel():
-        return id(tensor)
-    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _check_values(tensors: Mapping[str, Tensor]) -> None:
