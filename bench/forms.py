@@ -21,6 +21,7 @@ SETTINGS = {
     "sparse_pca": ("sparse_pca", "sequential", True),
     "svd": ("svd", "sequential", True),
     "vq": ("vq", "sequential", True),
+    "separable": ("separable", "sequential", True),
     "direct, data-free": ("direct", "sequential", False),
     "sparse_pca by projected gradients": ("sparse_pca", "projected-gradient", True),
     "sparse_pca by projected gradients, data-free": ("sparse_pca", "projected-gradient", False),

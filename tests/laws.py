@@ -6,13 +6,14 @@
 
 from collections.abc import Iterator
 from itertools import product
+from math import prod
 
 import numpy as np
 
 from factorpack.coding import Reader
 from factorpack.coding.records import FORMS, decode_weight, encode_weight, predicted_bits
 from factorpack.container import Bill, Contents, read, to_bytes, write
-from factorpack.factors import Basis, Codes, FactoredVector, FactoredWeight, Grid, OneHotCodes
+from factorpack.factors import Basis, Codes, FactoredVector, FactoredWeight, Grid, OneHotCodes, kernel_of
 from factorpack.tiling import Tiling
 
 TILINGS = {
@@ -28,11 +29,28 @@ TILINGS = {
     "transposed": Tiling((6, 5, 2, 2), transposed=True),
     "transposed, grouped": Tiling((8, 3, 3, 3), groups=2, transposed=True),
     "transposed, grouped, along inputs": Tiling((8, 3, 3, 3), groups=4, transposed=True, depth=10),
+    "conv1d, taps": Tiling((6, 5, 4), depth=4),
+    "conv2d, taps": Tiling((10, 4, 3, 3), depth=9),
+    "conv2d, taps on one axis": Tiling((7, 3, 1, 5), depth=5),
+    "conv3d, taps": Tiling((5, 2, 2, 3, 4), depth=24),
+    "grouped, taps": Tiling((12, 2, 3, 2), groups=4, depth=6),
     "embedding": Tiling((50, 6)),
     "a single entry": Tiling((1, 1)),
 }
 ROW_STEPS = ("one", "rows")
 COLUMN_STEPS = ("one", "columns")
+
+
+def tilings_of(form: str) -> dict[str, Tiling]:
+    """Those that a form can have: `separable` is one of tiles that are the taps of a kernel."""
+    if form != "separable":
+        return TILINGS
+    kernels = {name: kernel_of(tiling.shape) for name, tiling in TILINGS.items()}
+    return {
+        name: tiling
+        for name, tiling in TILINGS.items()
+        if kernels[name] and tiling.depth == prod(kernels[name]) and not tiling.transposed
+    }
 
 
 def grid(rng: np.random.Generator, bits: int, lines: int) -> Grid:
@@ -48,11 +66,17 @@ def integers(rng: np.random.Generator, bits: int, shape: tuple[int, int], densit
 def weight(
     rng: np.random.Generator, form: str, tiling: Tiling, rows: str = "one", columns: str = "one"
 ) -> FactoredWeight:
-    """A random weight of a form; `rows` and `columns` lay out the steps of basis and codes."""
+    """A random weight of a form; `rows` and `columns` lay out the steps of basis and codes.
+
+    A separable basis has one step, whatever `rows` says.
+    """
     depth, count = tiling.tiled_shape
     basis_grid = grid(rng, 6, depth if rows == "rows" else 1)
     if form == "direct":
         basis, rank = Basis(None, basis_grid), depth
+    elif form == "separable":
+        factors = tuple(integers(rng, 4, (taps, taps), 1.0) for taps in kernel_of(tiling.shape))
+        basis, rank = Basis.separable(factors, int(rng.integers(-420, -340))), depth
     else:
         rank = {"sparse_pca": depth, "svd": max(1, depth // 2), "vq": max(1, min(4, count))}[form]
         basis = Basis(integers(rng, 6, (depth, rank), 1.0), basis_grid)
@@ -66,9 +90,10 @@ def weight(
 def weights(seed: int = 0) -> Iterator[tuple[str, FactoredWeight]]:
     """Every form x tiling x layout of steps, with a name of its own."""
     rng = np.random.default_rng(seed)
-    for form, (name, tiling), rows in product(FORMS, TILINGS.items(), ROW_STEPS):
-        for columns in ("one",) if form == "vq" else COLUMN_STEPS:
-            yield f"{form}; {name}; {rows}, {columns}", weight(rng, form, tiling, rows, columns)
+    for form in FORMS:
+        for (name, tiling), rows in product(tilings_of(form).items(), ROW_STEPS):
+            for columns in ("one",) if form == "vq" else COLUMN_STEPS:
+                yield f"{form}; {name}; {rows}, {columns}", weight(rng, form, tiling, rows, columns)
 
 
 def vector(rng: np.random.Generator, shape: tuple[int, ...], logarithmic: bool) -> FactoredVector:
@@ -97,6 +122,9 @@ def assert_same_weight(found: FactoredWeight, expected: FactoredWeight) -> None:
     assert (found.form, found.tiling) == (expected.form, expected.tiling)
     assert_same_grid(found.basis.grid, expected.basis.grid)
     assert_same_array(found.basis.integers, expected.basis.integers)
+    assert len(found.basis.factors) == len(expected.basis.factors)
+    for a, b in zip(found.basis.factors, expected.basis.factors, strict=True):
+        assert_same_array(a, b)
     assert type(found.codes) is type(expected.codes)
     if isinstance(expected.codes, OneHotCodes):
         assert found.codes.rank == expected.codes.rank

@@ -84,8 +84,13 @@ def exact_tiles(weight):
     ).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", ["linear, last tile not full", "conv1d", "transposed, grouped", "a single entry"])
-@pytest.mark.parametrize("form", ["direct", "sparse_pca", "svd", "vq"])
+NAMES = ("linear, last tile not full", "conv1d", "transposed, grouped", "a single entry")
+FORMS_AND_NAMES = [(form, name) for form in ("direct", "sparse_pca", "svd", "vq") for name in NAMES]
+
+
+@pytest.mark.parametrize(
+    ("form", "name"), [*FORMS_AND_NAMES, *(("separable", n) for n in laws.tilings_of("separable"))]
+)
 def test_tiles_are_the_exact_product_rounded(form, name):
     rng = np.random.default_rng(3)
     weight = laws.weight(rng, form, laws.TILINGS[name], "rows", "columns")
@@ -172,6 +177,65 @@ def test_factors_that_do_not_meet_are_refused():
         FactoredWeight("direct", tiling, Basis(None, grid()), Codes(np.zeros((4, 5), np.int32), grid()))
     with pytest.raises(MismatchError, match="3 steps where 1 or 4"):
         FactoredWeight("direct", tiling, Basis(None, grid(8, (0, 0, 0))), Codes(np.zeros((4, 6), np.int32), grid()))
+
+
+def taps_weight(factors, shape, **tiling):
+    basis = Basis.separable(factors, -64)
+    d = len(basis.integers)
+    codes = np.arange(np.prod(shape), dtype=np.int32).reshape(-1, d).T % 5
+    return FactoredWeight("separable", Tiling(shape, depth=d, **tiling), basis, Codes(codes, grid()))
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 3), (4, 2, 3, 2), (4, 2, 1, 3), (2, 2, 2, 3, 4)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_separable_basis_acts_on_each_axis_of_each_kernel(shape, groups):
+    rng = np.random.default_rng(1)
+    factors = tuple(rng.integers(-7, 8, (k, k)).astype(np.int32) for k in shape[2:] if k > 1)
+    weight = taps_weight(factors, shape, groups=groups)
+    codes = iter(weight.codes.integers.T)
+    for output in weight.tensor():
+        for kernel in output:
+            made = next(codes).reshape(kernel.shape).astype(float)
+            remaining = iter(factors)
+            for axis, taps in enumerate(shape[2:]):
+                if taps > 1:
+                    made = np.moveaxis(np.tensordot(next(remaining), made, (1, axis)), 0, axis)
+            assert np.array_equal(kernel, made / 2)
+
+
+def test_a_separable_basis_that_is_none_is_refused():
+    eye = np.eye(3, dtype=np.int32)
+    good = Basis.separable((eye, eye), 0)
+    with pytest.raises(MismatchError, match="square"):
+        Basis(np.kron(eye, eye[:2]), grid(), (eye, eye[:2]))
+    for integers in (None, good.integers[::-1], eye):
+        with pytest.raises(MismatchError, match="not the Kronecker product"):
+            Basis(integers, good.grid, (eye, eye))
+    for other in (grid(5), grid(2, [0] * 9)):
+        with pytest.raises(MismatchError, match="narrowest grid"):
+            Basis(good.integers, other, (eye, eye))
+    with pytest.raises(MismatchError, match="may lie outside"):
+        Basis.separable((eye * 2**13, eye * 2**12), 0)
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (3, 3, 9), (6, 3, 1, 1), (4, 3, 3, 3, 3), (4, 3, 3, 2)])
+def test_a_separable_basis_of_another_kernel_is_refused(shape):
+    eye = np.eye(3, dtype=np.int32)
+    with pytest.raises(MismatchError):
+        taps_weight((eye, eye), shape)
+
+
+def test_a_separable_basis_goes_with_its_form_and_inputs_second():
+    eye = np.eye(3, dtype=np.int32)
+    weight = taps_weight((eye, eye), (4, 3, 3, 3))
+    with pytest.raises(MismatchError, match="no separable basis"):
+        FactoredWeight("sparse_pca", weight.tiling, weight.basis, weight.codes)
+    with pytest.raises(MismatchError, match="no separable basis"):
+        FactoredWeight("separable", weight.tiling, weight.basis, OneHotCodes(np.zeros(12, np.int32), 9))
+    with pytest.raises(MismatchError, match="taps of one input"):
+        FactoredWeight("separable", weight.tiling, Basis(weight.basis.integers, weight.basis.grid), weight.codes)
+    with pytest.raises(MismatchError, match="taps of one input"):
+        taps_weight((eye, eye), (4, 3, 3, 3), transposed=True)
 
 
 def test_a_vector_on_a_uniform_grid_is_exact():

@@ -133,7 +133,7 @@ def test_a_file_of_another_model_is_refused(digits_file):
         factorpack.load(digits_file, nn.Linear(3, 4))
 
 
-@pytest.mark.parametrize("form", ["direct", "sparse_pca", "svd", "vq"])
+@pytest.mark.parametrize("form", ["direct", "sparse_pca", "svd", "vq", "separable"])
 def test_every_form_gives_a_file_that_works(task, form, tmp_path):
     found = factorpack.compress(task.model(), 8000, task.calibration(), task.evaluate, options=Options(form))
     assert found.report.size_bytes <= 8000

@@ -55,9 +55,28 @@ def test_the_budget_is_kept_and_used(files):
         assert 0.99 * size <= len(packed.data) <= size, f"{len(packed.data)} bytes of {size}"
 
 
-@pytest.mark.parametrize("form", ["direct", "sparse_pca", "svd", "vq"])
+@pytest.mark.parametrize("form", ["direct", "sparse_pca", "svd", "vq", "separable"])
 def test_the_budget_is_kept_in_every_form(state, form):
     assert len(pack(state, 4001, Options(form), silent).data) <= 4001
+
+
+def test_kernels_of_several_taps_are_separable_where_that_is_asked_for(state):
+    packed = pack(state, 4001, Options("separable"), silent)
+    assert {name: layer.form for name, layer in packed.plan.layers.items()} == {
+        "first": "separable", "second": "separable", "table": "direct", "last": "direct",
+    }  # fmt: skip
+    assert packed.plan.layers["second"].depth == packed.plan.layers["second"].rank == 9
+
+
+def test_auto_takes_smooth_kernels_separable_and_loses_less():
+    rng = np.random.default_rng(0)
+    # Each kernel is near a plane: of the nine coefficients of a basis over the taps six are small.
+    tensor = rng.standard_normal((32, 24, 3, 3)).cumsum(2).cumsum(3).astype(np.float32)
+    layers = {"kernel": Layer("kernel", tensor, Tiling(tensor.shape), Metric(), False)}
+    smooth = State(layers, {}, {}, {}, {"kernel": "float32"}, ())
+    found = {form: pack(smooth, 2500, Options(form), silent) for form in ("auto", "direct", "separable")}
+    assert found["auto"].plan.layers["kernel"].form == "separable"
+    assert loss(found["auto"]) <= loss(found["separable"]) < 0.8 * loss(found["direct"])
 
 
 def test_more_bytes_never_lose_more(files):
@@ -85,7 +104,7 @@ def test_equal_questions_get_equal_bytes(state, files):
     assert pack(state, SIZES[2], Options(), silent).data == files[2].data
 
 
-@pytest.mark.parametrize("form", ["auto", "sparse_pca", "svd", "vq"])
+@pytest.mark.parametrize("form", ["auto", "sparse_pca", "svd", "vq", "separable"])
 def test_a_size_that_cannot_be_met_is_told_with_one_that_can(state, form):
     with pytest.raises(BudgetError, match=r"0 bytes cannot be met: the smallest file .* [\d,]+ bytes") as caught:
         pack(state, 0, Options(form), silent)
@@ -122,6 +141,7 @@ def test_progress_is_told_of_stages(state, options):
         ({"form": "wavelet"}, "'wavelet' is no form: choose auto, direct"),
         ({"solver": "magic"}, "'magic' is no solver: choose sequential or projected-gradient"),
         ({"solver": "projected-gradient"}, "projected gradients need a form"),
+        ({"form": "separable", "solver": "projected-gradient"}, "choose --form direct, sparse_pca, svd, vq$"),
     ],
 )
 def test_options_that_do_not_exist_are_refused(arguments, message):

@@ -153,7 +153,7 @@ def compress(
     out: Annotated[Path, typer.Option(metavar="FILE.fpk", help="The file to write.")],
     size: Annotated[str, typer.Option(help="Size of the whole file: 60KB, 5.5MB; kB = 1,000 bytes.")] = "",
     ratio: Annotated[float, typer.Option(help="Instead of --size: times smaller than the original tensors.")] = 0.0,
-    form: Annotated[str, typer.Option(help="auto, direct, sparse_pca, svd or vq for all weights.")] = "auto",
+    form: Annotated[str, typer.Option(help="auto, direct, sparse_pca, svd, vq or separable for all weights.")] = "auto",
     solver: Annotated[str, typer.Option(help="sequential, or projected-gradient with a form.")] = "sequential",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     exclude: Annotated[

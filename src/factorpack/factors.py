@@ -11,8 +11,9 @@ once: every machine decodes the same float32 values. (Layout of the steps: Kuzmi
 A step is stored as an integer exponent e and is worth 2^(e/64).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from math import isqrt, prod
 
 import numpy as np
@@ -73,6 +74,13 @@ class Grid:
         if self.exponents.min() < -EXPONENT_LIMIT or self.exponents.max() > EXPONENT_LIMIT:
             raise MismatchError(f"a step's exponent lies outside ±{EXPONENT_LIMIT}")
 
+    @classmethod
+    def holding(cls, integers: Int32[np.ndarray, "..."], exponents: Int32[np.ndarray, " lines"]) -> "Grid":
+        """The narrowest signed grid of whole bits that holds `integers`."""
+        largest = max(int(integers.max(initial=0)), -int(integers.min(initial=0)) - 1)
+        bits = largest.bit_length() + 1
+        return cls(-(1 << bits - 1), (1 << bits - 1) - 1, exponents)
+
     @property
     def steps(self) -> Float64[np.ndarray, " lines"]:
         return steps_of(self.exponents)
@@ -89,20 +97,51 @@ def _checked(integers: Int32[np.ndarray, "..."], grid: Grid, lines: int, what: s
         raise MismatchError(f"{what} have {grid.exponents.size} steps where 1 or {lines} are expected")
 
 
+def kernel_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The kernel axes (all but the first two) of more than one tap; () where there are none."""
+    return tuple(taps for taps in shape[2:] if taps > 1)
+
+
+def _kronecker(factors: Iterable[Int32[np.ndarray, "_ _"]]) -> Int32[np.ndarray, "d k"]:
+    """The Kronecker product, the first factor outermost; MismatchError where it may leave ±INTEGER_LIMIT."""
+    # Python's integers, which do not overflow.
+    if prod(max(int(factor.max(initial=0)), -int(factor.min(initial=0))) for factor in factors) > INTEGER_LIMIT:
+        raise MismatchError(f"the factors' product may lie outside ±{INTEGER_LIMIT}")
+    return reduce(np.kron, factors, np.ones((1, 1), np.int32))
+
+
 @dataclass(frozen=True, eq=False)
 class Basis:
     """The dense, quantised factor: integers (d, k), steps for the matrix or one a row.
 
     `integers` is None for the identity, which form `direct` has and does not store; its grid then carries
-    the steps of the rows.
+    the steps of the rows. Form `separable` stores the square `factors`, one a kernel axis of several taps, whose
+    Kronecker product, the first axis outermost, `integers` is: on the narrowest grid, with one step.
     """
 
     integers: Int32[np.ndarray, "d k"] | None
     grid: Grid
+    factors: tuple[Int32[np.ndarray, "_ _"], ...] = ()
 
     def __post_init__(self) -> None:
         if self.integers is not None:
             _checked(self.integers, self.grid, self.integers.shape[0], "the basis")
+        if not self.factors:
+            return
+        if any(factor.shape[0] != factor.shape[1] for factor in self.factors):
+            raise MismatchError(f"factors of a basis are square, not {[factor.shape for factor in self.factors]}")
+        product = _kronecker(self.factors)
+        if self.integers is None or not np.array_equal(product, self.integers):
+            raise MismatchError("the basis is not the Kronecker product of its factors")
+        narrowest = Grid.holding(product, self.grid.exponents)
+        if (self.grid.low, self.grid.high, self.grid.exponents.size) != (narrowest.low, narrowest.high, 1):
+            raise MismatchError("a basis with factors has the narrowest grid of whole bits and one step")
+
+    @classmethod
+    def separable(cls, factors: tuple[Int32[np.ndarray, "_ _"], ...], exponent: int) -> "Basis":
+        """The basis with these factors, and the step of their product."""
+        integers = _kronecker(factors)
+        return cls(integers, Grid.holding(integers, np.array([exponent], np.int32)), factors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +200,18 @@ class FactoredWeight:
             raise MismatchError(f"the basis has {self.basis.grid.exponents.size} steps where 1 or {depth} are expected")
         if isinstance(self.codes, Codes) and self.basis.integers is not None and self.product_bound >= 2**53:
             raise MismatchError("the product of basis and codes is too large to be exact")
+        if self.form == "separable" or self.basis.factors:
+            self._check_separable()
+
+    def _check_separable(self) -> None:
+        sizes = tuple(len(factor) for factor in self.basis.factors)
+        if self.form != "separable" or isinstance(self.codes, OneHotCodes):
+            raise MismatchError(f"form {self.form} with such codes has no separable basis")
+        if not sizes or sizes != kernel_of(self.shape) or self.tiling.transposed or self.tiling.depth != prod(sizes):
+            raise MismatchError(
+                f"factors of {sizes} taps do not make tiles of {self.tiling.depth} of the kernels of {self.shape}, "
+                f"each the taps of one input of one output"
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -176,6 +227,24 @@ class FactoredWeight:
             return largest
         codes = max(abs(self.codes.grid.low), abs(self.codes.grid.high))
         return largest * codes * (1 if self.basis.integers is None else self.codes.shape[0])
+
+    def with_steps(self, exponents: Int32[np.ndarray, " outputs"] | None) -> "FactoredWeight":
+        """The weight with each output times 2^(e/64); None leaves it as it is.
+
+        Outputs are the rows of an identity, or the tiles where a tile is one whole output.
+        """
+        if exponents is None:
+            return self
+        assert isinstance(self.codes, Codes)
+        if not self.tiling.depth:
+            assert self.basis.integers is None
+            grid = self.basis.grid
+            basis = Basis(None, Grid(grid.low, grid.high, grid.exponents + exponents))
+            return FactoredWeight(self.form, self.tiling, basis, self.codes)
+        assert self.tiling.depth == self.tiling.matrix_shape[1]
+        grid = self.codes.grid
+        codes = Codes(self.codes.integers, Grid(grid.low, grid.high, grid.exponents + exponents))
+        return FactoredWeight(self.form, self.tiling, self.basis, codes)
 
     def tiles(self) -> Float32[np.ndarray, "d N"]:
         """The recombined matrix, float32."""

@@ -4,7 +4,8 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from factorpack.container import Bill, read, write
 from factorpack.errors import UnsupportedError
+from factorpack.nn.folding import fold_batch_norms
 from factorpack.nn.loading import place_dense, place_on_the_fly, state_dict
+from factorpack.nn.prefix import Prefix, copy_of
 from factorpack.nn.state import State, read_state
 from factorpack.nn.statistics import collect
 from factorpack.plan import ModelPlan
@@ -76,8 +79,14 @@ def model_state(
     options: Options,
     progress: Progress = _silent,
 ) -> State:
-    """What of `model` is to be stored, and what calibration says of it; without calibration, by relative error."""
-    statistics = None
+    """What of `model` is to be stored, and what calibration says of it; without calibration, by relative error.
+
+    Works on a copy of the model, in eval mode, with its batch norms folded unless the options keep them.
+    """
+    model = copy_of(model).eval()
+    if not options.keep_batch_norms:
+        fold_batch_norms(model, lambda name: any(fnmatchcase(name, pattern) for pattern in options.exclude))
+    statistics, batches = None, []
     if calibration is not None:
         batches = list(calibration)
         done = iter(range(1, len(batches) + 1))
@@ -85,7 +94,8 @@ def model_state(
         statistics = collect(
             model, batches, output, options.seed, lambda: progress("calibration", next(done), len(batches))
         )
-    return read_state(model.state_dict(keep_vars=True), model, statistics, options.exclude)
+    state = read_state(model.state_dict(keep_vars=True), model, statistics, options.exclude)
+    return state if statistics is None else replace(state, prefix=Prefix(model, batches, statistics))
 
 
 def pack_state(

@@ -10,7 +10,7 @@ from typing import Any
 
 from factorpack.errors import MismatchError
 
-FORMS = ("direct", "sparse_pca", "svd", "vq")
+FORMS = ("direct", "sparse_pca", "svd", "vq", "separable")
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,28 @@
 """The search over λ: candidates of every layer, until the file has the size that was asked for."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from factorpack.allocate import Point, allocate
 from factorpack.coding import plan_integers
 from factorpack.coding.records import encode_weight, predicted_bits, predicted_vector_bits
 from factorpack.container import Contents, to_bytes
-from factorpack.errors import BudgetError, UnsupportedError
-from factorpack.factors import FactoredVector, FactoredWeight
+from factorpack.errors import BudgetError, MismatchError, UnsupportedError
+from factorpack.factors import IDENTITY_GRID, Basis, Codes, FactoredVector, FactoredWeight
 from factorpack.nn.state import State
 from factorpack.plan import FORMS, LayerPlan, ModelPlan
 from factorpack.solve.layer import Layer
+from factorpack.solve.projected_gradient import FORMS as DESCENT_FORMS
 from factorpack.solve.vectors import quantise
+from factorpack.tiling import Tiling
 
 PRICED_RADIUS = 31
 """Integers beyond pay what the outermost of these does."""
@@ -28,6 +32,13 @@ VECTOR_SHARE = 1 / 64
 """Part of λ that small tensors are rounded with: their errors add up over all positions alike, which the curvature
 of single entries does not show (docs/log.md)."""
 SEARCHES = 14
+WALKS = 4
+COARSEST_BITS, FINEST_BITS = 0.5, 6
+"""Bits a weight that an analysis reaches to."""
+ELASTICITY = 0.25
+"""−∂ log bytes / ∂ log λ where the search did not learn it: half a bit of two for a factor of four in λ."""
+STEERING = 1.3
+"""By so much at most does a walk leave its λ to meet its bytes."""
 FILLINGS = 8
 FILLING_RATIO = 1.15
 LARGEST_RATE = 1e36
@@ -42,31 +53,52 @@ Progress = Callable[[str, int, int], None]
 class Options:
     """How a model is compressed: a form (or "auto"), a solver, a seed, patterns of names to be kept exactly.
 
-    Raises UnsupportedError for a form or solver that does not exist, or a solver without a form.
+    `keep_batch_norms` stores all four numbers a channel, for training to go on; two say the same in eval mode.
+
+    Raises UnsupportedError for a form or solver that does not exist, or a solver without one of its forms.
     """
 
     form: str = "auto"
     solver: str = "sequential"
     seed: int = 0
     exclude: tuple[str, ...] = ()
+    keep_batch_norms: bool = False
 
     def __post_init__(self) -> None:
         if self.form not in ("auto", *FORMS):
             raise UnsupportedError(f"{self.form!r} is no form: choose auto, {', '.join(FORMS)}")
         if self.solver not in SOLVERS:
             raise UnsupportedError(f"{self.solver!r} is no solver: choose {' or '.join(SOLVERS)}")
-        if self.solver == "projected-gradient" and self.form == "auto":
-            raise UnsupportedError(f"projected gradients need a form: choose --form {', '.join(FORMS)}")
+        if self.solver == "projected-gradient" and self.form not in DESCENT_FORMS:
+            raise UnsupportedError(f"projected gradients need a form: choose --form {', '.join(DESCENT_FORMS)}")
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A way to store a layer: its loss, its size as the coder's tables predict it, and the λ it came from."""
+    """A way to store a layer: its loss, its size as the coder's tables predict it, and the λ it came from.
 
-    weight: FactoredWeight
+    `make` gives the weight: held, or made again where it is seldom needed.
+    """
+
+    form: str
     loss: float
     size_bytes: float
     rate: float
+    make: Callable[[], FactoredWeight]
+
+    @property
+    def cost(self) -> Callable[[float], float]:
+        """Loss + λ·bits, of λ."""
+        return lambda rate: self.loss + 8 * rate * self.size_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Rung:
+    """What a state would be at one λ: the cheapest candidate of each layer, and the bytes of that file."""
+
+    rate: float
+    size_bytes: float
+    layers: Mapping[str, Candidate]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +107,22 @@ class Packed:
 
     data: bytes
     plan: ModelPlan
+
+
+def _candidate(layer: Layer, weight: FactoredWeight, rate: float) -> Candidate:
+    return Candidate(weight.form, layer.loss(weight), predicted_bits(weight) / 8, rate, lambda: weight)
+
+
+def _cheapest(candidates: Sequence[Candidate], rate: float) -> Candidate:
+    """The least loss + λ·bits."""
+    return min(candidates, key=lambda candidate: candidate.cost(rate))
+
+
+def _size_at(candidates: Sequence[Candidate], rate: float) -> float:
+    """The bytes of the cheapest at λ = `rate`, between two λ by the log of both."""
+    rates = sorted({candidate.rate for candidate in candidates})
+    sizes = [_cheapest([c for c in candidates if c.rate == r], r).size_bytes for r in rates]
+    return float(np.exp(np.interp(math.log(rate), np.log(rates), np.log(np.maximum(sizes, 1.0)))))
 
 
 def pricer(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -91,17 +139,21 @@ class _Search:
     options: Options
     progress: Progress
     found: dict[str, list[Candidate]] = field(default_factory=dict)
-    records: dict[int, bytes] = field(default_factory=dict)
+    records: WeakKeyDictionary[Candidate, bytes] = field(default_factory=WeakKeyDictionary)
     settled: set[str] = field(default_factory=set)
     """Layers that no λ changes any more."""
 
     def __post_init__(self) -> None:
         self.found = {name: [] for name in self.state.layers}
 
-    def _keep(self, layer: Layer, weight: FactoredWeight, rate: float) -> Candidate:
-        candidate = Candidate(weight, layer.loss(weight), predicted_bits(weight) / 8, rate)
-        self.found[layer.name].append(candidate)
-        return candidate
+    def _solved(self, layer: Layer, rate: float) -> list[Candidate]:
+        """The candidates of `layer` at λ = `rate`."""
+        found = [_candidate(layer, solve(rate), rate) for solve in self._solvers(layer).values()]
+        if layer.name not in self.met:
+            return found
+        # Solved once more in the end: only where no walk fits are these weights needed, and then made again.
+        solvers = self._solvers(layer)
+        return [replace(candidate, make=partial(solvers[candidate.form], rate)) for candidate in found]
 
     def ladder(self) -> None:
         """The candidates that no λ leads to: codebooks, and every form by projected gradients."""
@@ -114,7 +166,7 @@ class _Search:
             else:
                 weights = layer.codebooks(generator)
             for weight in weights:
-                self._keep(layer, weight, 0.0)
+                self.found[layer.name].append(_candidate(layer, weight, 0.0))
                 self.settled.add(layer.name)
         self.progress(f"{form}, {self.options.solver}", len(layers), len(layers))
 
@@ -129,24 +181,99 @@ class _Search:
         for done, layer in enumerate(layers.values()):
             self.progress("rounding", done, len(layers))
             if layer.name not in self.settled:
-                for solve in self._solvers(layer):
-                    self._keep(layer, solve(rate), rate)
-            total += min(self.found[layer.name], key=lambda c: c.loss + 8 * rate * c.size_bytes).size_bytes
+                self.found[layer.name] += self._solved(layer, rate)
+            total += _cheapest(self.found[layer.name], rate).size_bytes
         self.progress("rounding", len(layers), len(layers))
         return total + predicted_vector_bits(list(self.vectors(rate).values())) / 8
 
-    def _solvers(self, layer: Layer) -> list[Callable[[float], FactoredWeight]]:
-        """How this layer is solved at a λ: the form asked for; `direct` where that form cannot be had."""
-        form = self.options.form
-        direct = partial(layer.solve_direct, pricer=pricer)
+    @cached_property
+    def met(self) -> frozenset[str]:
+        """Layers that are solved behind a compressed prefix."""
+        if self.state.prefix is None or self.laddered:
+            return frozenset()
+        return self.state.prefix.names.intersection(self.state.layers)
+
+    def walk(self, rate: float, elasticity: float, room: float) -> dict[str, Candidate]:
+        """Solves the layers behind the prefix, from λ = `rate` on, so that all together take about `room` bytes.
+
+        What earlier layers take more or less than expected is spread over the later ones; `elasticity` is
+        −∂ log bytes / ∂ log λ. The layers make up for each other's very errors, so they only fit together.
+        """
+        chosen: dict[str, Candidate] = {}
+        for name in [name for name in self.state.layers if name not in self.met]:
+            if not any(1 / STEERING < candidate.rate / rate < STEERING for candidate in self.found[name]):
+                self.found[name] += self._solved(self.state.layers[name], rate)
+            chosen[name] = _cheapest(self.found[name], rate)
+        # The form that wins without the prefix wins with it: the weight hardly changes.
+        forms = {name: _cheapest(self.found[name], rate).form for name in self.met}
+        expected = {name: _size_at(self.found[name], rate) for name in self.met}
+
+        def decide(name: str) -> tuple[str, float]:
+            left = room - sum(candidate.size_bytes for candidate in chosen.values())
+            due = sum(size for other, size in expected.items() if other not in chosen)
+            ratio = (due / max(left, 1e-9)) ** (1 / elasticity)
+            return forms[name], rate * min(max(ratio, 1 / STEERING), STEERING)
+
+        return self._behind(rate, chosen, decide)
+
+    def follow(self, plan: ModelPlan) -> dict[str, Candidate]:
+        """Every layer in the form and at the λ of a plan."""
+        chosen = {
+            name: _candidate(layer, self._reachable(layer)[plan.layers[name].form](plan.layers[name].rate),
+                             plan.layers[name].rate)
+            for name, layer in self.state.layers.items() if name not in self.met
+        }  # fmt: skip
+        return self._behind(plan.rate, chosen, lambda name: (plan.layers[name].form, plan.layers[name].rate))
+
+    def _behind(
+        self, rate: float, chosen: dict[str, Candidate], decide: Callable[[str], tuple[str, float]]
+    ) -> dict[str, Candidate]:
+        """Adds to `chosen` all other layers in the network's order, each on the inputs that those before it leave.
+
+        `decide` gives form and λ of a layer when its turn comes; small tensors are at λ = `rate`.
+        """
+        prefix, layers = self.state.prefix, self.state.layers
+        if prefix is not None and self.met:
+            placed = {name: vector.tensor() for name, vector in self.vectors(rate).items()}
+            placed |= {name: candidate.make().tensor() for name, candidate in chosen.items()}
+            alone = len(chosen)
+
+            def solve(name: str, moments: Tensor, drift: Tensor) -> np.ndarray:
+                self.progress("rounding behind the prefix", len(chosen) - alone, len(self.met))
+                form, here = decide(name)
+                layer = layers[name].behind(moments, drift)
+                weight = self._reachable(layer)[form](here)
+                chosen[name] = _candidate(layer, weight, here)
+                return weight.tensor()
+
+            prefix.walk(self.met, placed, solve)
+            self.progress("rounding behind the prefix", len(self.met), len(self.met))
+        for name, layer in layers.items():
+            if name not in chosen:
+                form, here = decide(name)
+                chosen[name] = _candidate(layer, self._reachable(layer)[form](here), here)
+        return {name: chosen[name] for name in layers}
+
+    def _reachable(self, layer: Layer) -> dict[str, Callable[[float], FactoredWeight]]:
+        """How this layer is solved at a λ, by form."""
         basis = partial(layer.solve_basis, pricer=pricer)
-        if form in ("sparse_pca", "svd") and not (form == "svd" and min(layer.tiling.matrix_shape) < 2):
-            return [partial(basis, form)]
+        solvers: dict[str, Callable[[float], FactoredWeight]] = {"direct": partial(layer.solve_direct, pricer=pricer)}
+        if layer.has_taps:
+            solvers["separable"] = layer.solve_separable
+        solvers["sparse_pca"] = partial(basis, "sparse_pca")
+        if min(layer.tiling.matrix_shape) > 1:
+            solvers["svd"] = partial(basis, "svd")
+        return solvers
+
+    def _solvers(self, layer: Layer) -> dict[str, Callable[[float], FactoredWeight]]:
+        """Of these the form asked for, `direct` where it cannot be had, or those that can win."""
+        form, solvers = self.options.form, self._reachable(layer)
+        if form != "auto":
+            return {form: solvers[form]} if form in solvers else {"direct": solvers["direct"]}
         # A basis pays for itself only where it is small beside the codes.
         depth, count = layer.basis_tiling.tiled_shape
-        if form == "auto" and count >= 8 * depth:
-            return [direct, partial(basis, "sparse_pca")]
-        return [direct]
+        wanted = ("direct", "separable", "sparse_pca") if count >= 8 * depth else ("direct", "separable")
+        return {name: solvers[name] for name in wanted if name in solvers}
 
     def vectors(self, rate: float) -> dict[str, FactoredVector]:
         return {
@@ -156,11 +283,12 @@ class _Search:
 
     def overhead(self, rate: float) -> float:
         """Bytes of a file beside what `at` counts: index, names, checksums, header, exact tensors."""
-        last = {name: found[-1] for name, found in self.found.items()}
         small = self.vectors(rate)
-        contents = self._contents(last, small)
-        records = [bytes(math.ceil(last[name].size_bytes)) for name in contents.tensors if name in last]
-        counted = sum(map(len, records)) + predicted_vector_bits(list(small.values())) / 8
+        sizes = {name: math.ceil(found[-1].size_bytes) for name, found in self.found.items()}
+        stored: dict[str, Any] = {name: _outline(layer.tiling) for name, layer in self.state.layers.items()}
+        contents = self._contents(stored, small)
+        records = [bytes(sizes[name]) for name in contents.tensors if name in sizes]
+        counted = sum(sizes.values()) + predicted_vector_bits(list(small.values())) / 8
         return len(to_bytes(contents, records)) - counted
 
     def file(self, rate: float, budget: int) -> tuple[bytes, dict[str, Candidate]]:
@@ -181,22 +309,25 @@ class _Search:
                 return data, chosen
             room -= len(data) - budget
 
-    def _contents(self, chosen: Mapping[str, Candidate], small: Mapping[str, FactoredVector]) -> Contents:
+    def _contents(self, weights: Mapping[str, FactoredWeight], small: Mapping[str, FactoredVector]) -> Contents:
         state = self.state
-        weights = {name: candidate.weight for name, candidate in chosen.items()}
-        stored: dict[str, Any] = weights | dict(small) | dict(state.exact)
+        stored: dict[str, Any] = dict(weights) | dict(small) | dict(state.exact)
         aliases = {alias: name for alias, name in state.aliases.items() if name in stored}
         return Contents({name: stored[name] for name in state.dtypes if name in stored}, state.dtypes, aliases)
 
     def _written(self, chosen: Mapping[str, Candidate], small: Mapping[str, FactoredVector]) -> bytes:
-        contents = self._contents(chosen, small)
-        records = [self._record(chosen[name].weight) for name in contents.tensors if name in chosen]
-        return to_bytes(contents, records)
+        weights = {name: candidate.make() for name, candidate in chosen.items()}
+        for name, candidate in chosen.items():
+            if candidate not in self.records:
+                self.records[candidate] = encode_weight(weights[name])
+        contents = self._contents(weights, small)
+        return to_bytes(contents, [self.records[chosen[name]] for name in contents.tensors if name in chosen])
 
-    def _record(self, weight: FactoredWeight) -> bytes:
-        if id(weight) not in self.records:
-            self.records[id(weight)] = encode_weight(weight)
-        return self.records[id(weight)]
+
+def _outline(tiling: Tiling) -> FactoredWeight:
+    """A weight of that shape that takes no memory."""
+    codes = Codes(np.broadcast_to(np.zeros(1, np.int32), tiling.matrix_shape), IDENTITY_GRID)
+    return FactoredWeight("direct", tiling, Basis(None, IDENTITY_GRID), codes)
 
 
 def _first_rate(state: State, size_bytes: int) -> float:
@@ -217,44 +348,48 @@ def _first_rate(state: State, size_bytes: int) -> float:
     return 2**high
 
 
-def pack(state: State, size_bytes: int, options: Options, progress: Progress) -> Packed:
+def rates_of(state: State) -> list[float]:
+    """The λ of an analysis, the largest first: from half a bit a weight to six, each √2 times smaller."""
+    entries = sum(layer.tensor.size for layer in state.layers.values())
+    coarsest, finest = (_first_rate(state, int(entries * bits / 8)) for bits in (COARSEST_BITS, FINEST_BITS))
+    return [coarsest / 2 ** (step / 2) for step in range(1 + math.ceil(2 * math.log2(coarsest / finest)))]
+
+
+def rung(state: State, rate: float, options: Options, progress: Progress) -> Rung:
+    """Every layer at λ = `rate`, by itself."""
+    search = _Search(state, options, progress)
+    size = search.at(rate) + search.overhead(rate)
+    return Rung(rate, size, {name: _cheapest(found, rate) for name, found in search.found.items()})
+
+
+def pack(state: State, size_bytes: int, options: Options, progress: Progress, rungs: Sequence[Rung] = ()) -> Packed:
     """The best file of at most `size_bytes` for a state.
 
-    λ is searched by the secant of log size over log λ until the file is at most 0.3 % below its budget; all
-    candidates met on the way then compete. Raises BudgetError, with the smallest size, where it cannot be met.
+    λ is searched by the secant of log size over log λ, or looked up between `rungs` of an analysis. Layers are then
+    solved behind the compressed prefix; where there is none, all candidates met compete.
+    Raises BudgetError, with the smallest size, where the size cannot be met.
     """
     search = _Search(state, options, progress)
     if search.laddered:
         search.ladder()
     goal = max(size_bytes * (1 - TOLERANCE / 2), 1.0)
-    rate = _first_rate(state, size_bytes)
-    overhead = -1.0
-    above: tuple[float, float] | None = None
-    below: tuple[float, float] | None = None
-    for _ in range(SEARCHES):
-        counted = search.at(rate)
-        overhead = search.overhead(rate) if overhead < 0 else overhead
-        size = counted + overhead
-        if size > goal:
-            above = (rate, size)
-        else:
-            below = (rate, size)
-        if abs(size - goal) <= size_bytes * TOLERANCE / 2:
-            break
-        following = _next_rate(rate, size, goal, above, below)
-        if following is None:
-            break
-        rate = following
-    best = below or above
+    for step in rungs:
+        for name, candidate in step.layers.items():
+            search.found[name].append(candidate)
+    bracket = _between(rungs, goal) or _bracket(search, _first_rate(state, size_bytes), goal)
+    if search.met and (found := _walked(search, bracket, size_bytes)) is not None:
+        return Packed(found[0], _plan(found[1], bracket.nearest[0], options.seed, len(found[0])))
+    best = bracket.below or bracket.above
     assert best is not None
     try:
         rate, (data, chosen) = _fitting(search, best[0], size_bytes)
         # Where a layer changes its form the size jumps: finer candidates of the others fill the gap.
+        finer = bracket.above[0] if bracket.above else rate
         for _ in range(FILLINGS):
-            if len(data) >= size_bytes * (1 - 2 * TOLERANCE) or above is None:
+            if len(data) >= size_bytes * (1 - 2 * TOLERANCE) or finer < 1 / LARGEST_RATE:
                 break
-            above = (above[0] / FILLING_RATIO, above[1])
-            search.at(above[0])
+            finer /= FILLING_RATIO
+            search.at(finer)
             data, chosen = search.file(rate, size_bytes)
     except BudgetError:
         rate, (data, chosen) = LARGEST_RATE, _smallest(search)
@@ -264,6 +399,70 @@ def pack(state: State, size_bytes: int, options: Options, progress: Progress) ->
                 f"with every weight at its coarsest; ask for more"
             ) from None
     return Packed(data, _plan(chosen, rate, options.seed, len(data)))
+
+
+@dataclass(frozen=True)
+class _Bracket:
+    """The tries (λ, size) nearest to a size from above and from below, and the nearest of all."""
+
+    above: tuple[float, float] | None
+    below: tuple[float, float] | None
+    nearest: tuple[float, float]
+
+
+def _between(rungs: Sequence[Rung], goal: float) -> _Bracket | None:
+    """The λ at which the sizes of rungs meet `goal`; None where they do not reach around it."""
+    larger = [(step.rate, step.size_bytes) for step in rungs if step.size_bytes > goal]
+    smaller = [(step.rate, step.size_bytes) for step in rungs if step.size_bytes <= goal]
+    if not larger or not smaller:
+        return None
+    above, below = max(larger), min(smaller)
+    share = math.log(above[1] / goal) / math.log(above[1] / below[1])
+    return _Bracket(above, below, (above[0] * (below[0] / above[0]) ** share, goal))
+
+
+def _bracket(search: _Search, rate: float, goal: float) -> _Bracket:
+    """Looks for the λ where a file would have `goal` bytes, by the secant of log size over log λ."""
+    above: tuple[float, float] | None = None
+    below: tuple[float, float] | None = None
+    nearest: tuple[float, float] | None = None
+    overhead: float | None = None
+    for _ in range(SEARCHES):
+        counted = search.at(rate)
+        overhead = search.overhead(rate) if overhead is None else overhead
+        size = counted + overhead
+        if size > goal:
+            above = (rate, size)
+        else:
+            below = (rate, size)
+        if nearest is None or abs(size - goal) < abs(nearest[1] - goal):
+            nearest = (rate, size)
+        following = _next_rate(rate, size, goal, above, below)
+        if abs(size - goal) <= goal * TOLERANCE / 2 or following is None:
+            break
+        rate = following
+    assert nearest is not None
+    return _Bracket(above, below, nearest)
+
+
+def _walked(search: _Search, bracket: _Bracket, size_bytes: int) -> tuple[bytes, dict[str, Candidate]] | None:
+    """The largest file within `size_bytes` of at most `WALKS` walks; None where none of them fits."""
+    rate, elasticity = bracket.nearest[0], ELASTICITY
+    if bracket.above and bracket.below:
+        (low, larger), (high, smaller) = bracket.above, bracket.below
+        elasticity = max(math.log(larger / smaller) / math.log(high / low), ELASTICITY / 4)
+    small = search.vectors(rate)
+    room = size_bytes * (1 - TOLERANCE / 2) - len(search._written({}, small))
+    best: tuple[bytes, dict[str, Candidate]] | None = None
+    for _ in range(WALKS):
+        chosen = search.walk(rate, elasticity, room)
+        data = search._written(chosen, small)
+        if len(data) <= size_bytes and (best is None or len(data) > len(best[0])):
+            best = data, chosen
+        if size_bytes * (1 - 1.5 * TOLERANCE) <= len(data) <= size_bytes:
+            break
+        room += size_bytes * (1 - TOLERANCE / 2) - len(data)
+    return best
 
 
 def _next_rate(
@@ -306,10 +505,29 @@ def _smallest(search: _Search) -> tuple[bytes, dict[str, Candidate]]:
     return search._written(chosen, search.vectors(LARGEST_RATE)), chosen
 
 
+def pack_plan(state: State, plan: ModelPlan, options: Options, progress: Progress) -> Packed:
+    """The file that a plan describes: each layer in its form at its λ, whatever size that gives.
+
+    Raises MismatchError where the plan is of other layers, UnsupportedError for forms that no λ leads to.
+    """
+    search = _Search(state, options, progress)
+    if set(plan.layers) != set(state.layers):
+        odd = sorted(set(plan.layers) ^ set(state.layers))
+        raise MismatchError(f"the plan is not of this model: {odd[0]!r} is only in one of them")
+    for name, layer in plan.layers.items():
+        forms = ", ".join(search._reachable(state.layers[name]))
+        if layer.form not in forms.split(", "):
+            raise UnsupportedError(f"the plan wants {layer.form} for {name!r}, which a plan can store as {forms}")
+    chosen = search.follow(plan)
+    small = search.vectors(plan.rate)
+    data = search._written(chosen, small)
+    return Packed(data, _plan(chosen, plan.rate, plan.seed, len(data)))
+
+
 def _plan(chosen: Mapping[str, Candidate], rate: float, seed: int, size_bytes: int) -> ModelPlan:
     layers = {}
     for name, candidate in chosen.items():
-        weight = candidate.weight
+        weight = candidate.make()
         grid = getattr(weight.codes, "grid", weight.basis.grid)
         layers[name] = LayerPlan(
             weight.form, float(grid.steps[0]), weight.codes.shape[0], weight.tiling.depth, candidate.rate,

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
 
 from factorpack.errors import FormatError, MismatchError, UnsupportedError
-from factorpack.factors import Basis, Codes, FactoredVector, FactoredWeight, Grid, OneHotCodes
+from factorpack.factors import Basis, Codes, FactoredVector, FactoredWeight, Grid, OneHotCodes, kernel_of
 from factorpack.nn import loading
 from factorpack.tiling import Tiling
 
@@ -121,6 +121,15 @@ def sparse_pca(tiling):
     return FactoredWeight("sparse_pca", tiling, Basis(integers(90, depth, 3), grid(-127, 127, depth)), codes)
 
 
+def separable(tiling):
+    kernel = kernel_of(tiling.shape)
+    if not kernel or tiling.transposed:
+        return direct_rows(tiling)
+    basis = Basis.separable(tuple(integers(9, taps, taps) for taps in kernel), -300)
+    tiling = Tiling(tiling.shape, tiling.groups, depth=len(basis.integers))
+    return FactoredWeight("separable", tiling, basis, Codes(integers(7, *tiling.tiled_shape), grid(-8, 7, 1)))
+
+
 def vq(tiling):
     tiling = Tiling(tiling.shape, tiling.groups, tiling.transposed, depth=4)
     depth, count = tiling.tiled_shape
@@ -128,7 +137,7 @@ def vq(tiling):
     return FactoredWeight("vq", tiling, Basis(integers(90, depth, 5), grid(-127, 127, 1)), codes)
 
 
-FORMS = [direct_rows, direct_columns, sparse_pca, vq]
+FORMS = [direct_rows, direct_columns, sparse_pca, separable, vq]
 
 
 def mixed():

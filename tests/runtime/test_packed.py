@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from factorpack.errors import UnsupportedError
-from factorpack.factors import Basis, Codes, FactoredWeight, Grid, OneHotCodes
+from factorpack.factors import Basis, Codes, FactoredWeight, Grid, OneHotCodes, kernel_of
 from factorpack.runtime.packed import PackedWeight
 from factorpack.tiling import Tiling
 
@@ -61,6 +61,18 @@ def test_products_are_those_of_the_values_at_rest(tiling, limits):
 @pytest.mark.parametrize("rank", [3, 256, 257, 40000])
 def test_gathered_codewords_are_those_of_the_values_at_rest(tiling, rank):
     weight = one_hot(tiling, rank)
+    np.testing.assert_array_equal(recombined(weight), weight.tensor())
+
+
+@pytest.mark.parametrize("limit", [3, 32, 2**11])
+@pytest.mark.parametrize("shape", [(6, 2, 3), (6, 2, 3, 2), (4, 1, 1, 5), (4, 3, 2, 3, 3)])
+def test_separable_products_are_those_of_the_values_at_rest(shape, limit):
+    rng = np.random.default_rng(limit)
+    factors = tuple(rng.integers(-limit, limit, (k, k)).astype(np.int32) for k in kernel_of(shape))
+    basis = Basis.separable(tuple(f % 256 for f in factors) if len(factors) > 2 else factors, -320)
+    tiling = Tiling(shape, groups=2, depth=len(basis.integers))
+    codes = rng.integers(-8, 8, tiling.tiled_shape).astype(np.int32)
+    weight = FactoredWeight("separable", tiling, basis, Codes(codes, Grid(-8, 7, np.array([-200], np.int32))))
     np.testing.assert_array_equal(recombined(weight), weight.tensor())
 
 

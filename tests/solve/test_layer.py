@@ -192,6 +192,126 @@ def test_codebooks_lose_less_the_more_codewords_they_have() -> None:
     assert all(np.array_equal(one.tensor(), two.tensor()) for one, two in zip(found, again, strict=True))
 
 
+def smooth(shape: tuple[int, ...], groups: int = 1, transposed: bool = False, rows: bool = True) -> Layer:
+    """Kernels whose taps resemble their neighbours, as those of trained convolutions, and inputs that do so too."""
+    tiling = Tiling(shape, groups, transposed)
+    tensor = rand(*shape)
+    for axis in range(2, len(shape)):
+        distance = (torch.arange(shape[axis])[:, None] - torch.arange(shape[axis])).abs()
+        tensor = (tensor.movedim(axis, -1) @ torch.linalg.cholesky(0.9**distance).T).movedim(-1, axis)
+    outputs, inputs = tiling.matrix_shape
+    weights = rand(outputs, seed=2).exp() if rows else None
+    return Layer("weight", tensor.numpy(), tiling, Metric(correlated(groups, inputs), weights), False)
+
+
+KERNELS = {
+    "one axis": smooth((12, 6, 4)),
+    "two": smooth((16, 8, 3, 3)),
+    "one tap and three": smooth((16, 8, 1, 3)),
+    "three axes": smooth((6, 4, 2, 3, 3)),
+    "grouped": smooth((12, 2, 3, 3), groups=4),
+    "depthwise": smooth((24, 1, 5, 5), groups=24),
+    "without weights of rows": smooth((8, 4, 3, 3), rows=False),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_separable_loses_less_as_the_rate_falls(name: str) -> None:
+    which = KERNELS[name]
+    found = [which.solve_separable(rate) for rate in RATES]
+    losses = [which.loss(weight) for weight in found]
+    for weight in found:
+        assert weight.form == "separable"
+        assert weight.tensor().shape == which.tensor.shape
+        np.testing.assert_array_equal(weight.basis.integers, found[0].basis.integers)
+        error = which.tiling.matrix(weight.tensor() - which.tensor).astype(np.float64)
+        assert which.metric.moments is not None
+        moments = which.metric.moments.double().numpy()
+        blocks = error.reshape(len(moments), -1, error.shape[1])
+        squares = np.einsum("grn,gnk,grk->gr", blocks, moments, blocks).ravel()
+        rows = np.ones(len(error)) if which.metric.row_weights is None else which.metric.row_weights.numpy()
+        assert which.loss(weight) == pytest.approx(0.5 * float(squares @ rows), rel=1e-3)
+    assert all(later < earlier for earlier, later in pairwise(losses))
+    assert losses[2] < 1e-2 * zeroed(which)
+
+
+@pytest.mark.parametrize("name", ["two", "grouped", "one axis"])
+def test_separable_takes_about_the_loss_its_rate_asks_for(name: str) -> None:
+    """At a fine step errors are uniform: the loss is that of direct at the same λ."""
+    which = KERNELS[name]
+    losses = [which.loss(weight) for weight in (which.solve_separable(1e-6), which.solve_direct(1e-6, pricer))]
+    assert 0.7 < losses[0] / losses[1] < 1.3
+
+
+def test_smooth_kernels_take_fewer_bytes_separable() -> None:
+    which = smooth((64, 24, 3, 3))
+    rates = np.logspace(-2, -5, 7)
+    direct, separable = (
+        np.array([(which.loss(w), ideal_bits(w)) for w in weights])
+        for weights in ([which.solve_direct(r, pricer) for r in rates], [which.solve_separable(r) for r in rates])
+    )
+    at_equal_loss = np.interp(np.log(direct[1:-1, 0]), np.log(separable[::-1, 0]), separable[::-1, 1])
+    assert (at_equal_loss < 0.9 * direct[1:-1, 1]).all()
+
+
+def ideal_bits(weight: FactoredWeight) -> float:
+    """The codes' entropy where each tap has a histogram of its own, and a byte for each entry of the factors."""
+    assert isinstance(weight.codes, Codes)
+    codes = weight.codes.integers
+    bits = 8.0 * sum(factor.size for factor in weight.basis.factors)
+    for line in codes if weight.form == "separable" else codes.reshape(-1, int(np.prod(weight.shape[2:]))).T:
+        counts = np.unique(line, return_counts=True)[1]
+        bits += float(np.sum(counts * np.log2(line.size / counts)))
+    return bits
+
+
+def test_the_separable_basis_is_the_principal_one_of_each_axis() -> None:
+    which = smooth((400, 8, 3, 3), rows=False)
+    factors = which.solve_separable(1e-3).basis.factors
+    # The eigenvectors of 0.9^|i - j|: the sum, the slope and the bend, the largest entry of each positive.
+    vectors = np.linalg.eigh(0.9 ** np.abs(np.subtract.outer(np.arange(3), np.arange(3))))[1]
+    expected = vectors[:, ::-1] * 32
+    for factor in factors:
+        assert np.abs(np.abs(factor) - np.abs(expected)).max() < 2.5
+        assert (np.take_along_axis(factor, np.abs(factor).argmax(0)[None], 0) > 0).all()
+        np.testing.assert_allclose(factor.T @ factor, 1024 * np.eye(3), atol=40)
+
+
+def test_a_factor_is_of_its_own_axis() -> None:
+    """Axes of 2 and 3 taps, unlike in power: the first factor is the first axis' one."""
+    which = smooth((12, 4, 2, 3))
+    assert [len(factor) for factor in which.solve_separable(1e-3).basis.factors] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "which",
+    [
+        smooth((12, 8)),
+        smooth((12, 8, 1, 1)),
+        smooth((8, 6, 2, 2), transposed=True),
+        layer((12, 4, 3, 3), kind="looked up"),
+        layer((4, 2, 64), kind="plain"),
+        layer((4, 2, 2, 2, 2, 2), kind="plain"),
+        layer((2, 1, 33, 33), kind="plain"),
+    ],
+    ids=["linear", "one tap", "transposed", "looked up", "a long axis", "many axes", "many taps"],
+)
+def test_layers_without_taps_are_not_separable(which: Layer) -> None:
+    assert not which.has_taps
+
+
+def test_separable_layers_of_zeros_and_of_silent_inputs() -> None:
+    which = KERNELS["two"]
+    dead = Layer("weight", np.zeros(which.tensor.shape, np.float32), which.tiling, which.metric, False)
+    assert not dead.solve_separable(1e-3).tensor().any()
+    silent = Layer("weight", which.tensor, which.tiling, Metric(torch.zeros(1, 72, 72), torch.zeros(16)), False)
+    assert np.isfinite(silent.solve_separable(1e-3).tensor()).all()
+    unseen = Layer("weight", which.tensor, which.tiling, Metric(None, None), False)
+    assert unseen.loss(unseen.solve_separable(1e-5)) < 1e-2 * zeroed(unseen)
+    far = unseen.solve_separable(1e36)
+    assert not far.tensor().any()
+
+
 def test_codebooks_need_tiles_to_serve() -> None:
     assert codebooks(layer((4, 16))) == []
     assert codebooks(layer((64, 5))) == []

@@ -6,7 +6,15 @@ A weight's record is
     byte    flags: 1 transposed, 2 grouped, 4 tiles along the inputs
     varint  groups, where grouped; varint depth, where tiles run along the inputs
     grid    of the basis, then, where there is a basis: varint k and the stream of its integers (d, k)
-    grid    of the codes and the stream of their integers (k, N); for `vq` varint k and the stream of indices (1, N)
+    grid    of the codes and the stream of their integers (k, N); for `vq` the stream of indices (1, N) alone
+
+For `separable`, whose tiles are the taps of a kernel, in place of the basis and its grid
+
+    zigzag  the exponent of the basis
+    zigzags the integers of its factors (k_a, k_a), of each kernel axis of more than one tap, row by row
+
+and the stream of the codes is that of Zᵀ as (m, N·k / m): a row for each output, where outputs and taps have their
+classes.
 
 where a grid is
 
@@ -33,10 +41,10 @@ from factorpack.coding.streams import (
     plan_runs,
 )
 from factorpack.errors import FormatError, MismatchError
-from factorpack.factors import Basis, Codes, FactoredVector, FactoredWeight, Grid, OneHotCodes
+from factorpack.factors import Basis, Codes, FactoredVector, FactoredWeight, Grid, OneHotCodes, kernel_of
 from factorpack.tiling import Tiling
 
-FORMS = ("direct", "sparse_pca", "svd", "vq")
+FORMS = ("direct", "sparse_pca", "svd", "vq", "separable")
 """A form's place is its id in the file; places are never used again for another."""
 BASIS_FORMS = ("sparse_pca", "svd", "vq")
 TRANSPOSED, GROUPED, ALONG_INPUTS = 1, 2, 4
@@ -77,6 +85,13 @@ def _parts(weight: FactoredWeight) -> list[bytes | IntegerPlan]:
         append_varint(out, tiling.groups)
     if along:
         append_varint(out, tiling.depth)
+    if weight.basis.factors:
+        assert isinstance(weight.codes, Codes)
+        append_zigzag(out, int(weight.basis.grid.exponents[0]))
+        for integer in np.concatenate([factor.ravel() for factor in weight.basis.factors]).tolist():
+            append_zigzag(out, integer)
+        codes = weight.codes.integers.T.reshape(tiling.shape[0], -1)
+        return [bytes(out), *_grid_parts(weight.codes.grid), plan_integers(codes)]
     parts: list[bytes | IntegerPlan] = [bytes(out), *_grid_parts(weight.basis.grid)]
     if weight.basis.integers is not None:
         append_varint(rank := bytearray(), weight.basis.integers.shape[1])
@@ -112,6 +127,8 @@ def decode_weight(reader: Reader, shape: tuple[int, ...]) -> FactoredWeight:
         rows, count = tiling.tiled_shape
         if rows * count > MAX_ENTRIES:
             raise FormatError(f"tiles {(rows, count)} have more than {MAX_ENTRIES} entries")
+        if form == "separable":
+            return _read_separable(reader, tiling)
         grid = _read_grid(reader, rows, "the basis' grid")
         basis, rank = None, rows
         if form in BASIS_FORMS:
@@ -131,6 +148,26 @@ def decode_weight(reader: Reader, shape: tuple[int, ...]) -> FactoredWeight:
         return FactoredWeight(form, tiling, Basis(basis, grid), codes)
     except MismatchError as error:
         raise FormatError(str(error)) from error
+
+
+def _read_separable(reader: Reader, tiling: Tiling) -> FactoredWeight:
+    kernel = kernel_of(tiling.shape)
+    taps, count = prod(kernel), prod(tiling.shape[:2])
+    if tiling.transposed or not kernel or tiling.depth != taps:
+        raise FormatError(f"tiles of {tiling.depth} are not the taps of the kernels of {tiling.shape}, inputs second")
+    if taps * taps > MAX_ENTRIES:
+        raise FormatError(f"a basis over {taps} taps has more than {MAX_ENTRIES} entries")
+    exponent = reader.zigzag("the basis' exponent")
+    reader.book("steps")
+    factors = tuple(
+        np.array([reader.zigzag("the basis' factors") for _ in range(k * k)], np.int32).reshape(k, k) for k in kernel
+    )
+    reader.book("basis")
+    basis = Basis.separable(factors, exponent)
+    grid = _read_grid(reader, count, "the codes' grid")
+    integers = decode_integers(reader, (tiling.shape[0], tiling.shape[1] * taps))
+    reader.book("codes")
+    return FactoredWeight("separable", tiling, basis, Codes(integers.reshape(count, taps).T, grid))
 
 
 def encode_vectors(vectors: Sequence[FactoredVector]) -> bytes:

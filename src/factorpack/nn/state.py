@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from factorpack._shapes import Float32
 from factorpack.errors import MismatchError, UnsupportedError
 from factorpack.nn.loading import identity
+from factorpack.nn.prefix import Prefix
 from factorpack.nn.statistics import Statistics, WeightStatistics
 from factorpack.solve.layer import Layer
 from factorpack.solve.objective import Metric
@@ -23,10 +24,12 @@ from factorpack.tiling import Tiling
 SMOOTHING = 0.1
 """Part of an output's weight that is the mean of all: calibration never saw enough to call one worthless."""
 LOOKUP_SMOOTHING = 0.1
-"""The same for rows that are looked up: most of a vocabulary is in no calibration text."""
-LOOKUP_WEIGHT = 3.0
-"""What an error of such a row counts: the rows that other texts need cost about twice what calibration tells of
-its own, and those bytes buy most there (docs/log.md)."""
+"""The same for rows that are looked up, on top of what the estimate of `lookup_weights` gives them."""
+UNSEEN_WEIGHT = 2.0
+"""What the estimate for rows that were never looked up counts: they get the coarsest steps, where the loss grows
+faster than the square of the error (docs/log.md)."""
+NEIGHBOURS = 1000
+"""Rows whose places lie within so many are taken to be looked up about as often: vocabularies are mostly sorted."""
 SMALL = 64
 """Tensors of fewer entries are small, whatever their axes: a record of their own costs more than it saves."""
 
@@ -44,7 +47,8 @@ class State:
     """Everything of a state dict by name, in its order: `layers`, `small` and `exact` tensors, and `aliases`.
 
     `dtypes` holds the torch dtype of every name, `aliases` the stored name of each tied one, `unseen` the
-    weights that no observed call used in calibration (their moments are taken as the identity).
+    weights that no observed call used in calibration (their moments are taken as the identity). `prefix` is the
+    network with its calibration batches, where there are any.
     """
 
     layers: Mapping[str, Layer]
@@ -53,12 +57,7 @@ class State:
     aliases: Mapping[str, str]
     dtypes: Mapping[str, str]
     unseen: tuple[str, ...]
-
-    @property
-    def parameters(self) -> int:
-        """Entries stored as numbers of a grid: of layers and small tensors."""
-        layers = sum(layer.tensor.size for layer in self.layers.values())
-        return layers + sum(small.values.size for small in self.small.values())
+    prefix: Prefix | None = None
 
 
 def batch_norm_curvature(model: nn.Module, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -100,6 +99,27 @@ def _smoothed(rows: Tensor, share: float) -> Tensor:
     return (1 - share) * rows + share * rows.mean()
 
 
+def lookup_weights(weights: Tensor, counts: Tensor) -> Tensor:
+    """What an error of each row (m,) counts, from `weights` (m,) measured where `counts` (m,) look-ups met it.
+
+    Rows that were met once tell of those that were not (Good 1953: as much falls to all unseen ones together as fell
+    to these), here among rows whose places are near. What was met seldom is moved towards the mean of these as well.
+    """
+    once, unseen = counts == 1, counts == 0
+    mean = weights[once].mean() if bool(once.any()) else weights.sum() / counts.sum().clamp_min(1)
+    own = (weights + mean) * (counts / (counts + 1))
+
+    def nearby(values: Tensor) -> Tensor:
+        sums = torch.cat([values.new_zeros(1), values.double().cumsum(0)])
+        places = torch.arange(len(values))
+        half = NEIGHBOURS // 2
+        return sums[(places + half).clamp_max(len(values))] - sums[(places - half).clamp_min(0)]
+
+    # Among few unseen rows the share of each would be noise: twenty at least are taken to share it.
+    shared = nearby(weights.double() * once) / nearby(unseen.double()).clamp_min(NEIGHBOURS / 50)
+    return torch.where(unseen, UNSEEN_WEIGHT * shared.to(weights.dtype), own)
+
+
 def _metric(tiling: Tiling, seen: WeightStatistics | None, fisher: Tensor) -> Metric:
     """Row weights r_o = Σ_j F_oj / tr H over the moments of the inputs; the identity's where those were not seen."""
     outputs, inputs = tiling.matrix_shape
@@ -108,8 +128,10 @@ def _metric(tiling: Tiling, seen: WeightStatistics | None, fisher: Tensor) -> Me
         return Metric(None, _smoothed(entries / inputs, SMOOTHING))
     trace = seen.moments.diagonal(dim1=-2, dim2=-1).sum(1).clamp_min(1e-30)
     rows = entries / trace.repeat_interleave(outputs // len(trace))
-    if seen.embedding:
-        return Metric(None, LOOKUP_WEIGHT * _smoothed(rows, LOOKUP_SMOOTHING))
+    if seen.counts is not None:
+        rows = lookup_weights(rows, seen.counts)
+        # Added, not blended: what was measured stays.
+        return Metric(None, rows + LOOKUP_SMOOTHING * rows.mean())
     return Metric(seen.moments, _smoothed(rows, SMOOTHING))
 
 

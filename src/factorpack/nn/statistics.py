@@ -13,11 +13,9 @@ gradient is that of one random direction at the output a batch: for logits √p�
 whose covariance is exactly the Fisher information diag(p) − ppᵀ; for embeddings v itself, which gives |J·E|².
 Samples are independent and their gradients have mean zero, so the squared gradient of a batch is an unbiased
 sum over its samples.
-
-Weights are found by identity in the calls of torch.nn.functional, not by module, so layers that pad inside
-`forward`, tied heads that are used functionally and attention in-projections are seen with their true inputs.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,9 +27,22 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from factorpack.errors import TaskError
+from factorpack.nn.uses import Convolution, Dense, Names, bound
 
 ROWS_PER_CALL = 8192
 """At most that many positions of one call enter a moment; beyond, a random subset stands for all."""
+
+
+Place = tuple[str, int, int]
+"""A use of a weight: its name, the number of the batch, how many uses of it that batch had before."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Positions `chosen` (P,) of one use, int32, each standing for `scale` of them."""
+
+    chosen: Tensor
+    scale: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +50,8 @@ class WeightStatistics:
     """What one weight met: `moments` (g, n, n), the mean of x·xᵀ, and how its inputs reach it.
 
     `transposed` says that inputs come first in the tensor (transposed convolutions, `x @ W`); `embedding`
-    that it is only looked up by row, its moments then being the identity. `positions` counts what entered
-    the mean, `uses` the calls.
+    that it is only looked up by row, its moments then being the identity, and `counts` (m,) tells how often each
+    row was. `positions` counts what entered the mean, `uses` the calls.
     """
 
     moments: Tensor
@@ -48,6 +59,7 @@ class WeightStatistics:
     embedding: bool
     positions: float
     uses: int
+    counts: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +67,14 @@ class Statistics:
     """Of a model: `weights` by parameter name, `fisher` (the parameter's shape) by parameter name.
 
     `fisher` is the mean squared gradient of each entry a prediction; `weights` lacks what no observed call
-    used. `predictions` is the number of rows of output that were seen.
+    used. `predictions` is the number of rows of output that were seen. `samples` are the positions that entered
+    the moments, of each use of a weight as a product or a convolution.
     """
 
     weights: dict[str, WeightStatistics]
     fisher: dict[str, Tensor]
     predictions: int
+    samples: dict[Place, Sample] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -70,8 +84,8 @@ class _Sums:
     groups: int
     inputs: int
     transposed: bool = False
-    lookups: float = 0.0
     uses: int = 0
+    counts: Tensor | None = None
     moments: Tensor = field(init=False)
     positions: Tensor = field(init=False)
 
@@ -93,58 +107,23 @@ class _Sums:
         """
         identity = torch.eye(self.inputs).expand(self.groups, -1, -1)
         total = float(self.positions.max())
+        lookups = 0.0 if self.counts is None else float(self.counts.sum())
         if not total:
-            return WeightStatistics(identity.clone(), self.transposed, self.lookups > 0, self.lookups, self.uses)
+            return WeightStatistics(
+                identity.clone(), self.transposed, lookups > 0, lookups, self.uses, self.counts if lookups else None
+            )
         moments = self.moments / self.positions.clamp_min(1)[:, None, None]
-        if self.lookups:
-            share = self.lookups / (self.lookups + total)
+        if lookups:
+            share = lookups / (lookups + total)
             level = moments.diagonal(dim1=-2, dim2=-1).mean()
             moments = (1 - share) * moments + share * level * identity
-        return WeightStatistics(moments, self.transposed, False, total + self.lookups, self.uses)
+        return WeightStatistics(moments, self.transposed, False, total + lookups, self.uses)
 
 
-def _tuple(value: int | Iterable[int], axes: int) -> tuple[int, ...]:
-    return (value,) * axes if isinstance(value, int) else tuple(value)
-
-
-def _bound(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name; what is not given is absent."""
-    return dict(zip(names, args, strict=False)) | kwargs
-
-
-def _padding(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:
-    """The padding of a convolution as torch.nn.functional.pad takes it: last axis first, before and after."""
-    if padding == "valid":
-        padding = 0
-    if padding == "same":
-        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        pairs = [(t // 2, t - t // 2) for t in total]
-    else:
-        pairs = [(p, p) for p in _tuple(padding, len(kernel))]
-    return [p for pair in reversed(pairs) for p in pair]
-
-
-def _patches(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
-    """View of padded `x` (N, C, *space) as (N, *places, C, *kernel), without a copy."""
-    axes = len(kernel)
-    for axis in range(axes):
-        reach = (kernel[axis] - 1) * dilation[axis] + 1
-        x = x.unfold(2 + axis, reach, stride[axis])[..., :: dilation[axis]]
-    return x.permute(0, *range(2, 2 + axes), 1, *range(2 + axes, 2 + 2 * axes))
-
-
-CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 TRANSPOSED_CONVOLUTIONS = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
-CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 TRANSPOSED_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 ATTENTION = ("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k",
              "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight")  # fmt: skip
-PRODUCTS = (
-    dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), ("input", "other"))
-    | dict.fromkeys((torch.mm, Tensor.mm), ("input", "mat2"))
-    | dict.fromkeys((torch.addmm, Tensor.addmm), ("input", "mat1", "mat2"))
-)
-TRANSPOSES = {torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__, torch.transpose, Tensor.transpose}  # type: ignore[attr-defined]
 
 
 class _Observer(TorchFunctionMode):
@@ -155,45 +134,46 @@ class _Observer(TorchFunctionMode):
 
     def __init__(self, names: dict[int, str], generator: torch.Generator) -> None:
         super().__init__()
-        self.names = names
+        self.names = Names(names)
         self.generator = generator
         self.sums: dict[str, _Sums] = {}
-        self.views: dict[int, tuple[Tensor, str]] = {}
+        self.samples: dict[Place, Sample] = {}
+        self.batch = 0
+        self.met: Counter[str] = Counter()
+
+    def begin(self, batch: int) -> None:
+        """What is seen from now on is of batch number `batch`."""
+        self.batch = batch
+        self.met.clear()
+        self.names.views.clear()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func in TRANSPOSES and id(args[0]) in self.names and args[0].ndim == 2:
-            # The view is kept alive, so that its id stays its own.
-            self.views[id(out)] = (out, self.names[id(args[0])])
-        elif func is F.multi_head_attention_forward:
-            self._attention(_bound(ATTENTION, args, kwargs), out[0])
+        if self.names.transposes(func, args, out):
+            return out
+        if func is F.multi_head_attention_forward:
+            self._attention(bound(ATTENTION, args, kwargs), out[0])
         elif isinstance(out, Tensor) and out.requires_grad:
             self._observe(func, args, kwargs, out)
         return out
 
     def _observe(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-        if func in PRODUCTS:
-            call = _bound(PRODUCTS[func], args, kwargs)
-            x, weight = (call[part] for part in PRODUCTS[func][-2:])
-            if weight.ndim == 2 and id(weight) in self.names:
-                self._dense(self.names[id(weight)], x, out, transposed=True)
-            elif id(weight) in self.views:
-                self._dense(self.views[id(weight)][1], x, out, transposed=False)
+        use = self.names.use(func, args, kwargs)
+        if use is not None:
+            self._use(use, out)
             return
-        call = _bound(CONVOLUTION if func not in TRANSPOSED_CONVOLUTIONS else TRANSPOSED_CONVOLUTION, args, kwargs)
-        name = self.names.get(id(call.get("weight")))
+        if func is not F.embedding and func not in TRANSPOSED_CONVOLUTIONS:
+            return
+        call = bound(TRANSPOSED_CONVOLUTION, args, kwargs)
+        name = self.names.of(call.get("weight"))
         if name is None:
             return
-        if func is F.linear:
-            self._dense(name, call["input"], out, transposed=False)
-        elif func is F.embedding:
-            self._embedding(name, call["weight"], out)
-        elif func in CONVOLUTIONS:
-            self._convolution(name, call, out, CONVOLUTIONS[func])
-        elif func in TRANSPOSED_CONVOLUTIONS:
+        if func is F.embedding:
+            self._embedding(name, call["input"], call["weight"], out)
+        else:
             self._transposed_convolution(name, call, out, TRANSPOSED_CONVOLUTIONS[func])
 
     def _sums(self, name: str, groups: int, inputs: int, transposed: bool = False) -> _Sums:
@@ -213,39 +193,24 @@ class _Observer(TorchFunctionMode):
         subset = torch.randint(len(chosen), (ROWS_PER_CALL,), generator=self.generator)
         return chosen[subset], len(chosen) / ROWS_PER_CALL
 
-    def _dense(self, name: str, x: Tensor, out: Tensor, transposed: bool) -> None:
-        rows = x.detach().reshape(-1, x.shape[-1])
+    def _use(self, use: Dense | Convolution, out: Tensor) -> None:
+        place = (use.name, self.batch, self.met[use.name])
+        self.met[use.name] += 1
 
         def hook(gradient: Tensor) -> None:
-            chosen, scale = self._positions(gradient.reshape(len(rows), -1).ne(0).any(1))
-            sums = self._sums(name, 1, rows.shape[1], transposed)
-            sums.add(0, rows[chosen], scale)
-            sums.uses += 1
+            chosen, scale = self._positions(use.reached(gradient))
+            self.samples[place] = Sample(chosen.to(torch.int32), scale)
+            self._grouped(use.name, use.rows(chosen), scale, use.transposed)
 
         out.register_hook(hook)
 
-    def _embedding(self, name: str, weight: Tensor, out: Tensor) -> None:
+    def _embedding(self, name: str, rows: Tensor, weight: Tensor, out: Tensor) -> None:
         def hook(gradient: Tensor) -> None:
             sums = self._sums(name, 1, weight.shape[1])
-            sums.lookups += int(gradient.reshape(-1, weight.shape[1]).ne(0).any(1).sum())
+            met = rows.reshape(-1)[gradient.reshape(-1, weight.shape[1]).ne(0).any(1)]
+            counts = torch.bincount(met, minlength=weight.shape[0]).cpu()
+            sums.counts = counts if sums.counts is None else sums.counts + counts
             sums.uses += 1
-
-        out.register_hook(hook)
-
-    def _convolution(self, name: str, call: dict[str, Any], out: Tensor, axes: int) -> None:
-        x, weight = call["input"].detach(), call["weight"]
-        kernel, groups = tuple(weight.shape[2:]), call.get("groups", 1)
-        stride, dilation = _tuple(call.get("stride", 1), axes), _tuple(call.get("dilation", 1), axes)
-        pads = _padding(call.get("padding", 0), kernel, dilation)
-        if x.ndim == axes + 1:
-            x = x[None]
-
-        def hook(gradient: Tensor) -> None:
-            patches = _patches(F.pad(x, pads), kernel, stride, dilation)
-            alive = gradient.reshape(len(x), weight.shape[0], -1).ne(0).any(1).reshape(-1)
-            chosen, scale = self._positions(alive)
-            rows = patches[torch.unravel_index(chosen, patches.shape[: axes + 1])]
-            self._grouped(name, rows.reshape(len(chosen), groups, -1), scale, transposed=False)
 
         out.register_hook(hook)
 
@@ -276,10 +241,10 @@ class _Observer(TorchFunctionMode):
         parts = [call[part].detach() for part in ("query", "key", "value")]
         uses = [(call.get(f"{letter}_proj_weight"), [part]) for letter, part in zip("qkv", parts, strict=True)]
         for weight, met in [(call.get("in_proj_weight"), parts), *uses]:
-            if name := self.names.get(id(weight)):
+            if name := self.names.of(weight):
                 out.register_hook(partial(self._blocks, name, met))
-        if (name := self.names.get(id(call.get("out_proj_weight")))) and (x := _projected(out)) is not None:
-            self._dense(name, x, out, transposed=False)
+        if (name := self.names.of(call.get("out_proj_weight"))) and (x := _projected(out)) is not None:
+            self._use(Dense(name, x.detach(), transposed=False), out)
 
     def _blocks(self, name: str, parts: list[Tensor], _: Tensor) -> None:
         """Adds all of `parts` (..., n), one a group."""
@@ -358,6 +323,7 @@ def collect(
     try:
         model.eval().requires_grad_(True).zero_grad()
         for number, batch in enumerate(batches, 1):
+            observer.begin(number - 1)
             try:
                 with torch.enable_grad(), observer:
                     out = call_model(model, batch)
@@ -367,7 +333,6 @@ def collect(
             if not bool(torch.isfinite(out).all()):
                 raise TaskError(f"calibration batch {number}: the network's output is not finite")
             predictions += out.shape[:-1].numel()
-            observer.views.clear()
             for name, parameter in parameters.items():
                 if parameter.grad is not None:
                     fisher[name] += parameter.grad.float().square().cpu()
@@ -382,4 +347,5 @@ def collect(
     if not predictions:
         raise TaskError("calibration() gave no batch")
     weights = {name: sums.finish() for name, sums in observer.sums.items()}
-    return Statistics(weights, {name: f / predictions for name, f in fisher.items()}, predictions)
+    fisher = {name: f / predictions for name, f in fisher.items()}
+    return Statistics(weights, fisher, predictions, observer.samples)

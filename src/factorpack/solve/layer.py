@@ -12,19 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from factorpack._shapes import Float, Float32
-from factorpack.factors import Codes, FactoredWeight
+from factorpack._shapes import Float, Float32, Int32
+from factorpack.factors import STEPS_PER_OCTAVE, Codes, FactoredWeight, kernel_of, steps_of
 from factorpack.solve.objective import Metric, distortion
 from factorpack.solve.projected_gradient import GradientSettings
 from factorpack.solve.projected_gradient import solve as descend
 from factorpack.solve.sequential import (
+    BasisProblem,
     Feedback,
     Price,
     Problem,
+    damped,
     direct,
     principal_basis,
     vector_quantised,
     with_basis,
+    with_tap_basis,
 )
 from factorpack.tiling import Tiling
 
@@ -34,8 +37,20 @@ RATE_SHARE = 0.3
 """Part of λ that enters the rounding of rows that are looked up, so that rare ones get fewer bits. Elsewhere none
 does: it favours small values so much that all layers shrink together, which no layer's own distortion shows
 (docs/log.md)."""
+PATHS = 8
+"""Survivors of layers behind a prefix: 2 save 0.01 to 0.13 bit a weight at equal distortion, 8 save 0.02 to 0.19."""
+DRIFT_DAMPING = 0.01
+"""Share of the mean input power added to every input's where a layer makes up for its prefix."""
+STEP_POWER = 0.75
+"""Steps of rows that are looked up go with their weight to minus half that power: 1 would be the optimum for a loss
+that stays quadratic, but errors of the coarsest rows cost more than that (docs/log.md)."""
+STEP_GRAIN = STEPS_PER_OCTAVE // 2
+"""Such steps differ by half octaves: finer ones cost more than they save."""
 BASIS_SHARE = 0.25
 """The basis is quantised as for that part of λ: each of its errors meets every tile."""
+MOST_TAPS, MOST_AXES, LONGEST_AXIS = 1024, 3, 63
+"""Larger kernels, or with more axes, are no convolution's, and their basis would not be small. Below 64 taps an axis
+an orthogonal matrix that is rounded to steps of 1/32 surely keeps its inverse."""
 CODEWORDS = ((2, 8), (2, 16), (2, 32), (2, 64), (3, 32), (3, 64), (3, 128), (3, 256), (4, 64), (4, 128), (4, 256),
              (4, 512), (8, 256), (9, 256))  # fmt: skip
 """Depth and number of the codewords that form `vq` tries."""
@@ -52,7 +67,8 @@ Pricer = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
 class Layer:
     """A weight `tensor` (its own shape), how it is seen as outputs x inputs (`tiling`, along the outputs), `metric`.
 
-    `loss` is what a stored weight costs the network: half its distortion in the metric.
+    `loss` is what a stored weight costs the network: half its distortion in the metric. Rounding follows `paths`
+    survivors a row.
     """
 
     name: str
@@ -60,6 +76,7 @@ class Layer:
     tiling: Tiling
     metric: Metric
     looked_up: bool
+    paths: int = 1
 
     @cached_property
     def problem(self) -> Problem:
@@ -68,12 +85,44 @@ class Layer:
     @property
     def _feedback(self) -> Feedback:
         inputs = self.tiling.matrix_shape[1]
-        return Feedback(torch.eye(inputs)[None] if self.metric.moments is None else self.metric.moments)
+        return Feedback(
+            torch.eye(inputs)[None] if self.metric.moments is None else self.metric.moments, paths=self.paths
+        )
+
+    @cached_property
+    def row_exponents(self) -> Int32[np.ndarray, " m"] | None:
+        """Of the outputs' steps beside the layer's own one; None where that one is for all."""
+        rows = self.metric.row_weights
+        if rows is None or not self.looked_up:
+            return None
+        octaves = -0.5 * STEP_POWER * torch.log2(rows.double().clamp_min(1e-30) / rows.double().mean())
+        grains = torch.round(octaves * (STEPS_PER_OCTAVE / STEP_GRAIN)).to(torch.int32).numpy()
+        return grains * np.int32(STEP_GRAIN) if grains.any() else None
+
+    @cached_property
+    def scaled(self) -> Problem:
+        """The problem with each output in units of its own step: Ŵ solves `problem` where Ŵ / steps solves this one."""
+        if self.row_exponents is None or self.metric.row_weights is None:
+            return self.problem
+        steps = torch.from_numpy(steps_of(self.row_exponents)).float()
+        metric = Metric(self.metric.moments, self.metric.row_weights * steps.square())
+        return Problem(self.problem.weight / steps[:, None], metric, self.problem.feedback)
 
     @cached_property
     def _row_weights(self) -> Float[Tensor, " m"]:
-        rows = self.metric.row_weights
+        rows = self.scaled.metric.row_weights
         return torch.ones(self.tiling.matrix_shape[0]) if rows is None else rows
+
+    def behind(self, moments: Float[Tensor, "g n n"], drift: Float[Tensor, "g n n"]) -> "Layer":
+        """The layer on inputs x̂ of a compressed prefix: `moments` E[x̂ x̂ᵀ], `drift` E[(x − x̂) x̂ᵀ].
+
+        Its weight is the one that makes up best for what the prefix changed: W + W·drift·moments⁻¹.
+        """
+        matrix = torch.from_numpy(self.tiling.matrix(self.tensor))
+        blocks = matrix.double().reshape(len(moments), -1, matrix.shape[1])
+        moved = blocks + torch.linalg.solve(damped(moments, DRIFT_DAMPING), drift.double().mT @ blocks.mT).mT
+        tensor = self.tiling.unmatrix(moved.reshape(matrix.shape).float().numpy())
+        return Layer(self.name, tensor, self.tiling, Metric(moments, self.metric.row_weights), False, PATHS)
 
     def loss(self, weight: FactoredWeight) -> float:
         """Half the distortion of `weight`."""
@@ -81,7 +130,7 @@ class Layer:
         return 0.5 * float(distortion(self.problem.weight, found, self.metric))
 
     def step(self, rate: float, residual: float) -> float:
-        """The step at λ = `rate`: a step Δ loses ½ r·D·Δ²/12 an entry, a bit more a quarter of it."""
+        """The step of `scaled` at λ = `rate`: a step Δ loses ½ r·D·Δ²/12 an entry, a bit more a quarter of it."""
         level = float(self._row_weights.mean()) * residual
         finest = float(np.abs(self.tensor).max()) / FINEST
         return max(math.sqrt(12 * rate / (math.log(2) * max(level, 1e-30))), finest, 1e-30)
@@ -104,7 +153,9 @@ class Layer:
 
     def solve_direct(self, rate: float, pricer: Pricer) -> FactoredWeight:
         step = self.step(rate, self.problem.feedback.residual)
-        return self._priced(lambda price: direct(self.problem, self.tiling, step, price), pricer)
+        return self._priced(lambda price: direct(self.scaled, self.tiling, step, price), pricer).with_steps(
+            self.row_exponents
+        )
 
     @cached_property
     def basis_tiling(self) -> Tiling:
@@ -115,7 +166,7 @@ class Layer:
 
     @cached_property
     def _basis(self) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"]]:
-        basis, powers = principal_basis(self.problem, self.basis_tiling.depth > 0)
+        basis, powers = principal_basis(self.scaled, self.basis_tiling.depth > 0)
         if self.basis_tiling.depth == 0:
             powers = powers * float(self._row_weights.mean())
         return basis.float(), powers.clamp_min(0)
@@ -132,11 +183,28 @@ class Layer:
         rank = max(1, min(worth, depth - 1 if form == "svd" else depth))
         share = max(float(powers[:rank].mean()), 1e-30)
         step = math.sqrt(12 * BASIS_SHARE * rate / (math.log(2) * share))
-        found = with_basis(self.problem, self.basis_tiling, basis[:, :rank], min(step, 0.5 / math.sqrt(depth)))
+        found = with_basis(self.scaled, self.basis_tiling, basis[:, :rank], min(step, 0.5 / math.sqrt(depth)))
         codes_step = self.step(rate, found.feedback.residual)
         if form == "svd":
-            return found.solve(form, codes_step)
-        return self._priced(lambda price: found.solve(form, codes_step, price), pricer)
+            return found.solve(form, codes_step).with_steps(self.row_exponents)
+        return self._priced(lambda price: found.solve(form, codes_step, price), pricer).with_steps(self.row_exponents)
+
+    @property
+    def has_taps(self) -> bool:
+        """Whether form `separable` can be had: outputs x inputs x a kernel of several taps."""
+        kernel = kernel_of(self.tiling.shape)
+        small = 0 < len(kernel) <= MOST_AXES and math.prod(kernel) <= MOST_TAPS and max(kernel) <= LONGEST_AXIS
+        return small and not self.tiling.transposed and not self.looked_up
+
+    @cached_property
+    def _tap_basis(self) -> BasisProblem:
+        assert self.has_taps
+        return with_tap_basis(self.problem, self.tiling)
+
+    def solve_separable(self, rate: float) -> FactoredWeight:
+        """Form `separable` at λ = `rate`, for a layer that has taps; the basis is the same at every λ."""
+        found = self._tap_basis
+        return found.solve("separable", self.step(rate, found.feedback.residual))
 
     def _tilings(self) -> Iterator[tuple[Tiling, int]]:
         """Tiles within an output, and numbers of codewords that the weight has tiles for."""

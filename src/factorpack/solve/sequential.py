@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 
 from factorpack._shapes import Float, Integer
-from factorpack.factors import IDENTITY_GRID, Basis, Codes, FactoredWeight, Grid, OneHotCodes, exponents_of, steps_of
+from factorpack.factors import (
+    IDENTITY_GRID,
+    STEPS_PER_OCTAVE,
+    Basis,
+    Codes,
+    FactoredWeight,
+    Grid,
+    OneHotCodes,
+    exponents_of,
+    steps_of,
+)
 from factorpack.solve.objective import Metric
 from factorpack.solve.start import kmeans
 from factorpack.tiling import Tiling
@@ -26,6 +36,8 @@ from factorpack.tiling import Tiling
 DAMPING = 0.05
 """Share of the mean input power added to every input's: keeps what a thin sample says of H in bounds."""
 BLOCK = 64
+TAP_EXPONENT = -5
+"""Bases over taps are rounded to multiples of 2^-5: what that loses, the codes make up for."""
 BASIS_BITS = 10
 """Bits of a basis grid at most; its step comes from λ."""
 CODE_LIMIT = 1 << 20
@@ -51,10 +63,10 @@ class Price:
         return Price(self.bits, self.column_classes, self.row_classes, self.rate)
 
 
-def _damped(moments: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
+def damped(moments: Float[Tensor, "g n n"], share: float = DAMPING) -> Float[Tensor, "g n n"]:
     """`moments` in float64 with a share of their mean input power on the diagonal: they then have an inverse."""
     moments = moments.double()
-    level = DAMPING * moments.diagonal(dim1=-2, dim2=-1).mean(1)
+    level = share * moments.diagonal(dim1=-2, dim2=-1).mean(1)
     # A layer whose inputs were all zero has nothing to say: any positive diagonal does.
     level = level.where(level > 0, 1)
     return moments + level[:, None, None] * torch.eye(moments.shape[-1], dtype=torch.float64)
@@ -64,15 +76,16 @@ class Feedback:
     """How errors travel between columns, for moments (g, n, n), which are damped; columns in `order`.
 
     Columns with the strongest inputs go first, while all the others can still make up for them. With tiles of
-    `depth` columns, tiles keep together.
+    `depth` columns, tiles keep together. `paths` is the number of survivors that `rounded` follows.
     """
 
-    def __init__(self, moments: Float[Tensor, "g n n"], depth: int = 1) -> None:
+    def __init__(self, moments: Float[Tensor, "g n n"], depth: int = 1, paths: int = 1) -> None:
+        self.paths = paths
         power = moments.diagonal(dim1=-2, dim2=-1)
         tiles = torch.argsort(power.mean(0).reshape(-1, depth).sum(1), descending=True, stable=True)
         self.order = (tiles[:, None] * depth + torch.arange(depth)).reshape(-1)
-        damped = _damped(moments)[:, self.order][:, :, self.order]
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        ordered = damped(moments)[:, self.order][:, :, self.order]
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
         self.factor = torch.linalg.cholesky(inverse, upper=True).float()
 
         self.coupled = bool(self.factor.triu(1).any())
@@ -135,6 +148,54 @@ def round_columns(
     return codes.mT[..., torch.argsort(feedback.order)]
 
 
+def round_paths(target: Float[Tensor, "g r n"], feedback: Feedback, paths: int) -> Float[Tensor, "g r n"]:
+    """Integers near `target`, as `round_columns` without a price, with `paths` survivors a row instead of one.
+
+    Each survivor tries the two integers nearest to its own target and keeps what it has fed back; the `paths` cheapest
+    by Σ e²/U_jj² go on (the M-algorithm: Anderson & Mohan 1984). At the end of a block a row settles on its best.
+    """
+    if paths == 1 or not feedback.coupled:
+        return round_columns(target, feedback)
+    x = target[..., feedback.order].mT.contiguous()
+    groups, inputs, rows = x.shape
+    factor = feedback.factor
+    inverse = factor.diagonal(dim1=-2, dim2=-1).reciprocal()
+    codes = torch.empty_like(x)
+    for start in range(0, inputs, BLOCK):
+        stop = min(start + BLOCK, inputs)
+        width = stop - start
+        own = x[:, start:stop, None].expand(groups, width, paths, rows).contiguous()
+        metric = torch.full((groups, paths, rows), torch.inf)
+        metric[:, 0] = 0
+        steps: list[tuple[Tensor, Tensor, Tensor]] = []
+        for j in range(width):
+            column = own[:, j]
+            near = torch.round(column).clamp_(-CODE_LIMIT, CODE_LIMIT)
+            tried = torch.cat((near, near + torch.where(column < near, -1.0, 1.0)), 1)
+            error = (column.repeat(1, 2, 1) - tried) * inverse[:, start + j, None, None]
+            metric, kept = (metric.repeat(1, 2, 1) + error.square()).topk(paths, dim=1, largest=False)
+            parent = kept % paths
+            tried, error = tried.gather(1, kept), error.gather(1, kept)
+            steps.append((tried, error, parent))
+            if j + 1 < width:
+                rest = own[:, j + 1 :].gather(2, parent[:, None].expand(-1, width - j - 1, -1, -1))
+                own[:, j + 1 :] = rest - factor[:, start + j, start + j + 1 : stop, None, None] * error[:, None]
+        errors = torch.empty(groups, width, rows)
+        at = metric.argmin(1, keepdim=True)
+        for j in reversed(range(width)):
+            tried, error, parent = steps[j]
+            codes[:, start + j], errors[:, j] = tried.gather(1, at)[:, 0], error.gather(1, at)[:, 0]
+            at = parent.gather(1, at)
+        if stop < inputs:
+            x[:, stop:] -= factor[:, start:stop, stop:].mT @ errors
+    return codes.mT[..., torch.argsort(feedback.order)]
+
+
+def rounded(target: Float[Tensor, "g r n"], feedback: Feedback, price: Price | None = None) -> Float[Tensor, "g r n"]:
+    """Integers near `target`: the best of some paths, or, where symbols have a price, one path of cheapest choices."""
+    return round_paths(target, feedback, feedback.paths) if price is None else round_columns(target, feedback, price)
+
+
 def round_tiles(
     target: Float[Tensor, "g r n"], feedback: Feedback, codewords: Float[Tensor, "k d"]
 ) -> Integer[Tensor, "g r tiles"]:
@@ -156,13 +217,6 @@ def round_tiles(
         indices[:, :, tile] = chosen
         x[:, :, stop:] -= errors @ factor[:, start:stop, stop:]
     return indices[..., torch.argsort(feedback.order[::depth])]
-
-
-def _signed(integers: np.ndarray, exponents: np.ndarray) -> Grid:
-    """The narrowest signed grid of whole bits that holds `integers`."""
-    largest = max(int(integers.max(initial=0)), -int(integers.min(initial=0)) - 1)
-    bits = largest.bit_length() + 1
-    return Grid(-(1 << bits - 1), (1 << bits - 1) - 1, exponents)
 
 
 def _integers(x: Tensor) -> np.ndarray:
@@ -197,8 +251,8 @@ class Problem:
 def direct(problem: Problem, tiling: Tiling, step: float, price: Price | None = None) -> FactoredWeight:
     """Form `direct`: integers times one step."""
     step, exponents = snapped(step)
-    codes = _integers(round_columns(problem.blocks / step, problem.feedback, price).reshape(tiling.matrix_shape))
-    return FactoredWeight("direct", tiling, Basis(None, IDENTITY_GRID), Codes(codes, _signed(codes, exponents)))
+    codes = _integers(rounded(problem.blocks / step, problem.feedback, price).reshape(tiling.matrix_shape))
+    return FactoredWeight("direct", tiling, Basis(None, IDENTITY_GRID), Codes(codes, Grid.holding(codes, exponents)))
 
 
 def principal_basis(problem: Problem, along_inputs: bool) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"]]:
@@ -214,7 +268,7 @@ def principal_basis(problem: Problem, along_inputs: bool) -> tuple[Float[Tensor,
         return basis.flip(1), powers.flip(0)
     rows = problem.metric.row_weights
     scaled = weight if rows is None else weight * rows.double()[:, None].sqrt()
-    root = torch.linalg.cholesky(_damped(problem.moments.mean(0, keepdim=True))[0])
+    root = torch.linalg.cholesky(damped(problem.moments.mean(0, keepdim=True))[0])
     seen = scaled @ root
     powers, basis = torch.linalg.eigh(seen.T @ seen)
     spans = torch.linalg.solve_triangular(root.T, basis.flip(1), upper=True)
@@ -226,7 +280,7 @@ class BasisProblem:
     """The codes of a given, quantised basis as a problem of sequential rounding of its own.
 
     Along the outputs the codes' rows are independent and meet the layer's inputs; along the inputs they are the
-    columns, and meet the moments BᵀHB.
+    columns, and meet the moments BᵀHB. Where tiles are parts of an output, `target` has them side by side.
     """
 
     tiling: Tiling
@@ -240,10 +294,11 @@ class BasisProblem:
         along_inputs = self.tiling.depth > 0
         if price is not None and along_inputs:
             price = price.transposed
-        found = round_columns(self.target / step, self.feedback, price)
-        found = found.reshape(-1, found.shape[-1])
-        codes = _integers(found.T if along_inputs else found)
-        return FactoredWeight(form, self.tiling, self.basis, Codes(codes, _signed(codes, exponents)))
+        found = rounded(self.target / step, self.feedback, price)
+        assert self.basis.integers is not None
+        rank = self.basis.integers.shape[1]
+        codes = _integers(found.reshape(-1, rank).T if along_inputs else found.reshape(rank, -1))
+        return FactoredWeight(form, self.tiling, self.basis, Codes(codes, Grid.holding(codes, exponents)))
 
 
 def with_basis(problem: Problem, tiling: Tiling, basis: Float[Tensor, "d k"], step: float) -> BasisProblem:
@@ -252,16 +307,57 @@ def with_basis(problem: Problem, tiling: Tiling, basis: Float[Tensor, "d k"], st
     integers = torch.round(basis / step)
     quantised = (integers * step).double()
     whole = _integers(integers)
-    factor = Basis(whole, _signed(whole, exponents))
+    factor = Basis(whole, Grid.holding(whole, exponents))
     weight = problem.weight.double()
     if not tiling.depth:
         target = torch.linalg.lstsq(quantised, weight).solution
         return BasisProblem(tiling, factor, target.float()[None], problem.feedback)
-    moments = _damped(problem.moments)
+    moments = damped(problem.moments)
     inner = quantised.T @ moments @ quantised
     blocks = problem.blocks.double()
     target = torch.linalg.solve(inner, quantised.T @ moments @ blocks.mT).mT
-    return BasisProblem(tiling, factor, target.float(), Feedback(inner.float()))
+    return BasisProblem(tiling, factor, target.float(), Feedback(inner.float(), paths=problem.feedback.paths))
+
+
+def tap_factors(tensor: Float[Tensor, "..."], rows: Float[Tensor, " m"] | None) -> tuple[np.ndarray, ...]:
+    """For each kernel axis of several taps the directions its lines have most power in, in steps of 2^TAP_EXPONENT.
+
+    Columns are the eigenvectors of the lines' second moments, outputs weighed by `rows`, strongest first.
+    """
+    weight = tensor.double()
+    if rows is not None:
+        weight = weight * rows.double().sqrt().reshape(-1, *[1] * (weight.ndim - 1))
+    factors = []
+    for axis in range(2, weight.ndim):
+        lines = weight.movedim(axis, -1).reshape(-1, weight.shape[axis])
+        if lines.shape[1] > 1:
+            vectors = torch.linalg.eigh(lines.T @ lines)[1].flip(1)
+            whole = _integers(torch.round(vectors * 2.0**-TAP_EXPONENT))
+            # Eigenvectors have no sign of their own: the largest entry, of equal ones the first, is positive.
+            largest = np.take_along_axis(whole, np.abs(whole).argmax(0)[None], 0)
+            factors.append(np.asarray(whole * np.sign(largest), np.int32))
+    return tuple(factors)
+
+
+def with_tap_basis(problem: Problem, tiling: Tiling) -> BasisProblem:
+    """Form `separable`: a basis over the taps of a kernel, and the codes that are just the weight on it.
+
+    The basis B, a Kronecker product, need not be quite orthogonal: the codes are B⁻¹ times the tiles. With one B for
+    every input channel their moments are (I ⊗ B)ᵀ H (I ⊗ B).
+    """
+    tensor = torch.from_numpy(tiling.unmatrix(problem.weight.numpy()))
+    factors = tap_factors(tensor, problem.metric.row_weights)
+    basis = Basis.separable(factors, TAP_EXPONENT * STEPS_PER_OCTAVE * len(factors))
+    assert basis.integers is not None
+    taps = len(basis.integers)
+    matrix = torch.from_numpy(basis.integers).double() * 2.0 ** (TAP_EXPONENT * len(factors))
+    tiles = problem.weight.double().reshape(-1, taps)
+    target = torch.linalg.solve(matrix, tiles.T).T.reshape(problem.blocks.shape)
+    moments = problem.moments.double()
+    for _ in range(2):
+        moments = (moments.reshape(len(moments), -1, taps) @ matrix).reshape(moments.shape).mT
+    whole = Tiling(tiling.shape, tiling.groups, tiling.transposed, taps)
+    return BasisProblem(whole, basis, target.float(), Feedback(moments.float(), paths=problem.feedback.paths))
 
 
 def vector_quantised(problem: Problem, tiling: Tiling, codewords: int, generator: torch.Generator) -> FactoredWeight:
@@ -279,4 +375,4 @@ def vector_quantised(problem: Problem, tiling: Tiling, codewords: int, generator
     found = round_tiles(problem.blocks, Feedback(problem.moments, depth), integers.T * step)
     whole = _integers(integers)
     codes = OneHotCodes(_integers(found.reshape(-1)), codewords)
-    return FactoredWeight("vq", tiling, Basis(whole, _signed(whole, exponents)), codes)
+    return FactoredWeight("vq", tiling, Basis(whole, Grid.holding(whole, exponents)), codes)

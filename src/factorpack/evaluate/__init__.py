@@ -1,0 +1,1 @@
+"""What a compressed network is held against."""

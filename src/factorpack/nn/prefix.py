@@ -1,0 +1,221 @@
+"""The compressed prefix: weights in the order in which the network meets them, each on the inputs it will really have.
+
+Letters: m outputs, n inputs of one group, g groups.
+
+Original and compressed network run side by side over all batches, in lockstep: every run pauses at each weight
+until all have come there, the weight is solved on what the runs brought, put in place, and all go on. One pass of
+each network thus serves all layers. With x the inputs in the original network and x̂ those behind the compressed
+prefix, the weight that makes up best for the prefix's errors is, by least squares,
+
+    W* = W · E[x x̂ᵀ] · E[x̂ x̂ᵀ]⁻¹ = W + W · E[(x − x̂) x̂ᵀ] · E[x̂ x̂ᵀ]⁻¹
+
+and errors of its rounding count by E[x̂ x̂ᵀ]. (Errors of the inputs made up
+for: Li et al. 2025, GPTAQ; Zhang et al. 2025, Qronos.)
+"""
+
+import copy
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from factorpack._shapes import Float
+from factorpack.errors import TaskError, UnsupportedError
+from factorpack.nn.loading import identity
+from factorpack.nn.statistics import Statistics, call_model
+from factorpack.nn.uses import Convolution, Dense, Names
+
+ROWS_PER_CALL = 4096
+"""At most that many of a sample's positions are looked at again."""
+
+Solve = Callable[[str, Float[Tensor, "g n n"], Float[Tensor, "g n n"]], np.ndarray]
+"""A weight's name, E[x̂ x̂ᵀ] and E[(x − x̂) x̂ᵀ] to the tensor that is put in its place."""
+
+
+class _Stopped(BaseException):
+    """Ends a run that nobody waits for any more."""
+
+
+class _Pausing(TorchFunctionMode):
+    """Calls `pause` before each use of a weight."""
+
+    def __init__(self, names: Names, pause: Callable[[Dense | Convolution], None]) -> None:
+        super().__init__()
+        self.names = names
+        self.pause = pause
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        use = self.names.use(func, args, kwargs)
+        if use is not None:
+            self.pause(use)
+        out = func(*args, **kwargs)
+        self.names.transposes(func, args, out)
+        return out
+
+
+@dataclass(eq=False)
+class _Run:
+    """One network on one batch, on a thread of its own that works only between `advance` and its next pause."""
+
+    model: nn.Module
+    batch: object
+    names: Mapping[int, str]
+    use: Dense | Convolution | None = None
+    error: BaseException | None = None
+    stopped: bool = False
+    _go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    _back: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    def __post_init__(self) -> None:
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def _pause(self, use: Dense | Convolution) -> None:
+        self.use = use
+        self._back.release()
+        self._go.acquire()
+        if self.stopped:
+            raise _Stopped
+
+    def _work(self) -> None:
+        self._go.acquire()
+        try:
+            if not self.stopped:
+                with torch.no_grad(), _Pausing(Names(dict(self.names)), self._pause):
+                    call_model(self.model, self.batch)
+        except _Stopped:
+            pass
+        except BaseException as error:
+            self.error = error
+        self.use = None
+        self._back.release()
+
+    def advance(self) -> None:
+        """Goes on to the next use of a weight, or to the end."""
+        self._go.release()
+        self._back.acquire()
+        if self.error is not None:
+            raise TaskError(f"the model failed on calibration data: {self.error}") from self.error
+
+    def stop(self) -> None:
+        self.stopped = True
+        self._go.release()
+        self.thread.join()
+
+
+@contextmanager
+def _runs(model: nn.Module, batches: Sequence[object], names: frozenset[str]) -> Iterator[list[_Run]]:
+    found = {id(parameter): name for name, parameter in model.named_parameters() if name in names}
+    runs = [_Run(model, batch, found) for batch in batches]
+    try:
+        yield runs
+    finally:
+        for run in runs:
+            run.stop()
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A copy whose parameters share memory where those of `model` do, which copy.deepcopy alone forgets.
+
+    Raises UnsupportedError where the model cannot be copied.
+    """
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:
+        raise UnsupportedError(f"the model cannot be copied (copy.deepcopy): {error}") from error
+    owners: dict[object, Tensor] = {}
+    tensors = copied.state_dict(keep_vars=True)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and not nn.parameter.is_lazy(tensor):
+            owner = owners.setdefault(identity(tensor), tensors[name])
+            if owner is not tensors[name]:
+                tensors[name].data = owner.data
+    return copied
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """The network `model`, in eval mode, its calibration `batches`, and the `statistics` that were taken of them."""
+
+    model: nn.Module
+    batches: Sequence[object]
+    statistics: Statistics
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Weights that a walk meets: products and convolutions that every batch has once and no look-ups."""
+        uses = Counter(name for name, _, _ in self.statistics.samples)
+        return frozenset(
+            name
+            for name, seen in self.statistics.weights.items()
+            if seen.counts is None and 0 < uses[name] == seen.uses <= len(self.batches)
+        )
+
+    def walk(self, names: frozenset[str], placed: Mapping[str, np.ndarray], solve: Solve) -> None:
+        """Solves the weights `names` in turn, on a copy of the network in which the `placed` tensors are in place."""
+        compressed = copy_of(self.model)
+        tensors = compressed.state_dict(keep_vars=True)
+        for name, values in placed.items():
+            tensors[name].data.copy_(torch.from_numpy(values).reshape(tensors[name].shape))
+        with (
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+            _runs(self.model, self.batches, names) as originals,
+            _runs(compressed, self.batches, names) as follows,
+        ):
+            pairs = list(zip(originals, follows, strict=True))
+            _advance(pool, [*originals, *follows])
+            while waiting := [run.use.name for run in originals if run.use is not None]:
+                name = waiting[0]
+                there = [(at, pair) for at, pair in enumerate(pairs) if all(r.use and r.use.name == name for r in pair)]
+                met = self._met(pool, name, there)
+                if met is not None:
+                    tensors[name].data.copy_(torch.from_numpy(solve(name, *met)))
+                _advance(pool, [run for run in (*originals, *follows) if run.use and run.use.name == name])
+
+    def _met(
+        self, pool: ThreadPoolExecutor, name: str, there: Sequence[tuple[int, tuple[_Run, _Run]]]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Means over the positions that entered the statistics; None where there are none."""
+        seen = self.statistics.weights[name].moments
+        moments, drift, total = torch.zeros_like(seen), torch.zeros_like(seen), 0.0
+        # Batch by batch in any order, added up in theirs: the sums do not depend on the number of threads.
+        for part in pool.map(lambda at: self._part(name, *at), there):
+            if part is not None:
+                moments += part[0]
+                drift += part[1]
+                total += part[2]
+        return (moments / total, drift / total) if total else None
+
+    def _part(self, name: str, at: int, pair: tuple[_Run, _Run]) -> tuple[Tensor, Tensor, float] | None:
+        """What one batch adds to Σ x̂ x̂ᵀ and Σ (x − x̂) x̂ᵀ, and the positions that it stands for."""
+        sample = self.statistics.samples.get((name, at, 0))
+        if sample is None or not len(sample.chosen):
+            return None
+        chosen = sample.chosen[:: -(-len(sample.chosen) // ROWS_PER_CALL)].long()
+        scale = sample.scale * len(sample.chosen) / len(chosen)
+        before, now = (_rows(run, chosen) for run in pair)
+        return scale * (now.mT @ now), scale * ((before - now).mT @ now), scale * len(chosen)
+
+
+def _advance(pool: ThreadPoolExecutor, runs: Sequence[_Run]) -> None:
+    """All of them to their next pause, as many at a time as there are processors."""
+    for _ in pool.map(_Run.advance, runs):
+        pass
+
+
+def _rows(run: _Run, chosen: Tensor) -> Tensor:
+    """The inputs (g, P, n) of a paused run at `chosen` positions."""
+    assert run.use is not None
+    return run.use.rows(chosen).float().cpu().movedim(1, 0).contiguous()
