@@ -15,7 +15,7 @@ import factorpack
 from factorpack.cli import app, human, parse_size
 from factorpack.errors import UnsupportedError
 
-COMMANDS = ("compress", "evaluate", "inspect", "verify", "decompress")
+COMMANDS = ("compress", "curve", "evaluate", "inspect", "verify", "decompress")
 
 
 def run(*arguments: object):
@@ -62,6 +62,7 @@ def test_a_network_goes_there_and_back(digits_task, tmp_path):
     assert packed["size_bytes"] == out.stat().st_size <= 8000
     assert packed["ratio"] == pytest.approx(digits_task.size_bytes / packed["size_bytes"])
     assert packed.keys() >= {"seconds", "evaluation_seconds", "scores", "forms"}
+    assert 0 < packed["gaussian_bits_per_weight"] < packed["bits_per_weight"] < 8 * 8000 / 15_000
     assert list(packed["scores"]) == list(digits_task.scores)
 
     evaluated = answer("evaluate", digits_task.path, out)
@@ -134,6 +135,7 @@ def test_a_task_without_calibration_is_compressed_without_data(digits_task, tmp_
     found = run("compress", write(tmp_path, text), "--size", "1500", "--out", tmp_path / "a.fpk")
     assert found.exit_code == 0
     assert "task.py has no calibration(): compressing without data" in found.stderr
+    assert "bits a weight" not in found.stdout
     assert (tmp_path / "a.fpk").stat().st_size <= 1500
 
 
@@ -142,6 +144,108 @@ def test_what_is_excluded_is_not_among_the_weights(digits_task, tmp_path):
     answer("compress", digits_task.path, "--size", "14KB", "--exclude", "head.*", "--exclude", "norms*", "--out", out)
     names = {weight["name"] for weight in answer("inspect", out)["weights"]}
     assert names == {f"convolutions.{place}.weight" for place in range(3)}
+
+
+@pytest.fixture
+def short_analysis(monkeypatch):
+    """A few λ and evaluations: each takes a moment."""
+    from factorpack import cache, curve
+
+    rates_of = cache.rates_of
+    monkeypatch.setattr(cache, "rates_of", lambda state: rates_of(state)[::5])
+    monkeypatch.setattr(curve, "EVALUATIONS", 3)
+    monkeypatch.setattr(curve, "DOTS_PER_INCH", 20)
+
+
+def test_a_curve_is_resumed_and_its_cache_serves_compress(digits_task, tmp_path, short_analysis):
+    folder = tmp_path / "sizes"
+    wanted = ("curve", digits_task.path, "--size", "6KB", "--size", "4KB", "--form", "direct", "--out", folder)
+    found = answer(*wanted)
+    assert found == json.loads((folder / "curve.json").read_text())
+    assert [point["asked_bytes"] for point in found["points"]] == [4000, 6000]
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    (rung,) = folder.glob("*/rung-03.json")
+    rung.write_bytes(rung.read_bytes()[:50])
+    (folder / "4000.fpk").rename(tmp_path / "before.fpk")
+    again = run(*wanted)
+    assert "rung-03.json is damaged" in again.stderr.replace("\n", "")
+    assert "6 kB" in again.stdout or "5.9" in again.stdout
+    data = (tmp_path / "before.fpk").read_bytes()
+    assert (folder / "4000.fpk").read_bytes() == data
+    command = found["points"][0]["command"].split()
+    assert command[:2] == ["factorpack", "compress"]
+    (folder / "4000.fpk").unlink()
+    answer(*command[1:])
+    assert (folder / "4000.fpk").read_bytes() == data
+
+
+def test_a_drop_of_the_score_chooses_the_size_and_says_what_that_means(digits_task, tmp_path, short_analysis):
+    out = tmp_path / "a.fpk"
+    found = run("compress", digits_task.path, "--max-drop", "40", "--form", "direct", "--out", out, "--json")
+    assert found.exit_code == 0, found.stderr
+    assert "chosen by its accuracy on the data of evaluate()" in found.stdout
+    assert "not an unbiased one" in found.stdout
+    told = json.loads(found.stdout.splitlines()[-1])
+    assert told["original"] == pytest.approx(digits_task.scores, rel=1e-5)
+    assert told["drop"] == pytest.approx(told["original"]["accuracy"] - told["scores"]["accuracy"])
+    assert told["drop"] <= 40
+    assert told["evaluations"] == 3
+    assert told["score_spread"] >= 0
+    stored, gaussian = told["bits_per_weight"], told["gaussian_bits_per_weight"]
+    assert f"{stored:.2f} bits a weight; Gaussian reference {gaussian:.2f} at the same loss\n" in found.stdout
+    assert told["size_bytes"] == out.stat().st_size
+    assert answer("evaluate", digits_task.path, out)["scores"] == told["scores"]
+
+
+def test_a_plan_goes_out_and_comes_back(digits_task, tmp_path):
+    first, second, plan = tmp_path / "a.fpk", tmp_path / "b.fpk", tmp_path / "plan.json"
+    answer("compress", digits_task.path, "--size", "5KB", "--seed", 3, "--out", first, "--save-plan", plan)
+    answer("compress", digits_task.path, "--plan", plan, "--out", second)
+    assert first.read_bytes() == second.read_bytes()
+    refused = run("compress", digits_task.path, "--plan", plan, "--exclude", "head.*", "--out", second)
+    assert_one_line(refused, "the plan is not of this model: 'head.weight' is only in one of them")
+    assert_one_line(
+        run("compress", digits_task.path, "--plan", plan, "--form", "direct", "--out", second),
+        "a plan says the form of each weight",
+    )
+    plan.write_text(plan.read_text()[:-9])
+    assert_one_line(run("compress", digits_task.path, "--plan", plan, "--out", second), "a plan is JSON")
+    missing = tmp_path / "missing.json"
+    assert_one_line(run("compress", digits_task.path, "--plan", missing, "--out", second), "cannot read the plan")
+
+
+def test_batch_norms_are_kept_whole_on_demand(digits_task, tmp_path):
+    out = tmp_path / "a.fpk"
+    answer("compress", digits_task.path, "--size", "8KB", "--keep-batch-norms", "--out", out)
+    found, original = factorpack.load_state_dict(out), load_file(digits_task.weights)
+    for name in ("norms.0.running_mean", "norms.0.weight"):
+        torch.testing.assert_close(found[name], original[name], rtol=0.2, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--points", "1"), "a curve has 2 to 100 points"),
+        (("--size", "ten"), "'ten' is no size"),
+        (("--form", "vq"), "there is no analysis of form vq"),
+        (("--form", "wavelet"), "'wavelet' is no form"),
+    ],
+)
+def test_a_curve_that_is_wrong_is_one_line(digits_task, tmp_path, arguments, part):
+    assert_one_line(run("curve", digits_task.path, *arguments, "--out", tmp_path / "sizes"), part)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_needs_scores_says_so_at_once(digits_task, tmp_path):
+    path = write(tmp_path, "import torch\ndef model():\n    return torch.nn.Linear(30, 40)\n")
+    out = tmp_path / "a.fpk"
+    assert_one_line(run("compress", path, "--max-drop", "1", "--out", out), "no function evaluate(), which --max-drop")
+    assert_one_line(run("curve", path, "--out", out), "no function evaluate(), which a curve needs")
+    assert_one_line(run("compress", digits_task.weights, "--max-drop", "1", "--out", out), "holds weights alone")
+    assert_one_line(run("curve", digits_task.weights, "--out", out), "holds weights alone")
+    (tmp_path / "taken").write_text("")
+    made = run("compress", digits_task.path, "--size", "8KB", "--cache", tmp_path / "taken", "--out", out)
+    assert_one_line(made, "cannot make the folder")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -186,6 +290,11 @@ def test_a_task_that_is_wrong_is_one_line(tmp_path, text, part):
         (("--size", "-5"), "'-5' is no size"),
         ((), "either --size 60KB or --ratio 18"),
         (("--size", "8KB", "--ratio", "4"), "either --size 60KB or --ratio 18"),
+        (("--max-drop", "-1"), "zero or more, not -1"),
+        (("--max-drop", "nan"), "zero or more"),
+        (("--max-drop", "1", "--size", "8KB"), "or --max-drop 1, or --plan plan.json"),
+        (("--max-drop", "1", "--form", "vq"), "there is no analysis of form vq"),
+        (("--size", "8KB", "--save-plan", "nowhere/plan.json"), "choose another --save-plan"),
         (("--ratio", "-3"), "--ratio is a positive number"),
         (("--ratio", "nan"), "--ratio is a positive number"),
         (("--ratio", "1e9"), "cannot be met"),

@@ -56,6 +56,33 @@ def test_the_file_keeps_its_size_and_the_score(packed, digits_task, tmp_path):
     assert report.unseen == ()
 
 
+def test_the_report_tells_the_distance_to_the_gaussian_limit(packed, task):
+    report = packed.report
+    entries = sum(prod(weight.shape) for weight in report.bill.weights)
+    stored = sum(weight.size_bytes for weight in report.bill.weights)
+    assert report.bits_per_weight == pytest.approx(8 * stored / entries)
+    # Uniform steps alone cost a quarter of a bit; the tables of a network as small as this one cost more.
+    assert 0.25 < report.bits_per_weight - report.gaussian_bits_per_weight < 1.5
+    without = factorpack.compress(task.model(), 8000).report
+    assert without.bits_per_weight is without.gaussian_bits_per_weight is None
+
+
+def test_weights_that_lose_nothing_have_no_gaussian_reference():
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([0.5, -0.5]).repeat(8, 8))
+
+        def forward(self, inputs):
+            return inputs @ self.weight.T
+
+    inputs = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    report = factorpack.compress(Halves(), 100_000, [inputs], output="embedding").report
+    assert report.distortion == 0
+    assert report.bits_per_weight > 0
+    assert report.gaussian_bits_per_weight is None
+
+
 def test_a_third_of_that_still_knows_the_digits(task):
     report = factorpack.compress(task.model(), 4000, task.calibration(), task.evaluate).report
     assert 3960 <= report.size_bytes <= 4000

@@ -1,9 +1,11 @@
 """Composition: a model or a task to a file, and a file back to a model that is scored."""
 
 import copy
+import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,11 +15,12 @@ from torch import Tensor, nn
 
 from factorpack.container import Bill, read, write
 from factorpack.errors import UnsupportedError
+from factorpack.evaluate.limit import gaussian_bits_of
 from factorpack.nn.folding import fold_batch_norms
 from factorpack.nn.loading import place_dense, place_on_the_fly, state_dict
 from factorpack.nn.prefix import Prefix, copy_of
 from factorpack.nn.state import State, read_state
-from factorpack.nn.statistics import collect
+from factorpack.nn.statistics import Statistics, collect
 from factorpack.plan import ModelPlan
 from factorpack.search import Options, Packed, Progress, pack
 from factorpack.task import Evaluate, Scores, as_scores, checked_output
@@ -35,6 +38,11 @@ class Report:
 
     `scores` are those of the model loaded back from the file, empty without `evaluate`; `seconds` leaves the
     evaluation out. `unseen` names weights that no observed call used in calibration.
+
+    `bits_per_weight` are the bytes of the weights' records; `gaussian_bits_per_weight` is what Gaussian weights would
+    take at the sum of the plan's losses (`evaluate.limit`, docs/method.md). The reference has the statistics of the
+    original network, while losses behind a compressed prefix are in the metric of the inputs there: the two differ
+    by what the prefix changes. Both are None without calibration, the second too where no finite bits give the loss.
     """
 
     size_bytes: int
@@ -45,6 +53,8 @@ class Report:
     seconds: float
     evaluation_seconds: float
     scores: Mapping[str, float] = field(default_factory=dict)
+    bits_per_weight: float | None = None
+    gaussian_bits_per_weight: float | None = None
 
     @property
     def distortion(self) -> float:
@@ -72,49 +82,65 @@ def dense_bytes(state: State) -> int:
     return sum(size * getattr(torch, state.dtypes[name]).itemsize for name, size in sizes.items())
 
 
-def model_state(
-    model: nn.Module,
-    calibration: Iterable[object] | None,
-    output: str,
-    options: Options,
-    progress: Progress = _silent,
-) -> State:
-    """What of `model` is to be stored, and what calibration says of it; without calibration, by relative error.
+Keep = Callable[[Callable[[], Statistics]], Statistics]
+"""Given what takes the statistics: takes them, or has them already."""
 
-    Works on a copy of the model, in eval mode, with its batch norms folded unless the options keep them.
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What is compressed: a network with its calibration `batches` (None: by relative error), or tensors alone.
+
+    `output` says what the network returns, "logits" or "embedding".
     """
-    model = copy_of(model).eval()
-    if not options.keep_batch_norms:
-        fold_batch_norms(model, lambda name: any(fnmatchcase(name, pattern) for pattern in options.exclude))
-    statistics, batches = None, []
-    if calibration is not None:
-        batches = list(calibration)
-        done = iter(range(1, len(batches) + 1))
-        progress("calibration", 0, len(batches))
-        statistics = collect(
-            model, batches, output, options.seed, lambda: progress("calibration", next(done), len(batches))
-        )
-    state = read_state(model.state_dict(keep_vars=True), model, statistics, options.exclude)
-    return state if statistics is None else replace(state, prefix=Prefix(model, batches, statistics))
+
+    model: nn.Module | Mapping[str, Tensor]
+    batches: Sequence[object] | None = None
+    output: str = "logits"
+
+    def state(self, options: Options, progress: Progress = _silent, keep: Keep = lambda take: take()) -> State:
+        """What is to be stored, and what calibration says of it.
+
+        Works on a copy of the network, in eval mode, with its batch norms folded unless the options keep them.
+        """
+        if not isinstance(self.model, nn.Module):
+            return read_state(self.model, exclude=options.exclude)
+        model = copy_of(self.model).eval()
+        if not options.keep_batch_norms:
+            fold_batch_norms(model, lambda name: any(fnmatchcase(name, pattern) for pattern in options.exclude))
+        if self.batches is None:
+            return read_state(model.state_dict(keep_vars=True), model, None, options.exclude)
+        statistics = keep(lambda: self._observed(model, options.seed, progress))
+        state = read_state(model.state_dict(keep_vars=True), model, statistics, options.exclude)
+        return replace(state, prefix=Prefix(model, self.batches, statistics))
+
+    def _observed(self, model: nn.Module, seed: int, progress: Progress) -> Statistics:
+        assert self.batches is not None
+        total = len(self.batches)
+        done = iter(range(1, total + 1))
+        progress("calibration", 0, total)
+        return collect(model, self.batches, self.output, seed, lambda: progress("calibration", next(done), total))
 
 
-def pack_state(
-    size_bytes: Callable[[State], int],
-    make_state: Callable[[], State],
-    options: Options,
-    progress: Progress = _silent,
-) -> tuple[Packed, State]:
-    """Makes a state and packs it, on one thread.
-
-    One thread, so that the order of float sums, and with it the bytes, depends on no setting of the machine.
-    """
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread, so that the order of float sums, and with it the bytes, depends on no setting of the machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        state = make_state()
-        return pack(state, size_bytes(state), options, progress), state
+        yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _bits_per_weight(state: State, bill: Bill, plan: ModelPlan) -> tuple[float | None, float | None]:
+    """Bits a weight, of the file and of the Gaussian reference; see `Report`."""
+    entries = sum(layer.tensor.size for layer in state.layers.values())
+    # Without calibration losses are relative errors, which no reference is known for.
+    if state.prefix is None or not entries:
+        return None, None
+    reference = gaussian_bits_of(state.layers, {name: layer.loss for name, layer in plan.layers.items()})
+    stored = 8 * sum(weight.size_bytes for weight in bill.weights)
+    return stored / entries, reference / entries if math.isfinite(reference) else None
 
 
 def finish(
@@ -130,9 +156,11 @@ def finish(
         evaluation = time.perf_counter() - start
     size = len(packed.data)
     ratio = dense_bytes(state) / size
+    if not scores:
+        evaluation = 0.0
+    bits = _bits_per_weight(state, bill, packed.plan)
     return PackedModel(
-        packed.data,
-        Report(size, ratio, bill, packed.plan, state.unseen, seconds, evaluation if scores else 0.0, scores),
+        packed.data, Report(size, ratio, bill, packed.plan, state.unseen, seconds, evaluation, scores, *bits)
     )
 
 
@@ -157,7 +185,10 @@ def compress(
     chosen = options or Options()
     checked_output(output, "compress")
     start = time.perf_counter()
-    packed, state = pack_state(lambda _: size, lambda: model_state(model, calibration, output, chosen), chosen)
+    batches = None if calibration is None else list(calibration)
+    with one_thread():
+        state = Source(model, batches, output).state(chosen)
+        packed = pack(state, size, chosen, _silent)
     seconds = time.perf_counter() - start
 
     def score(path: Path) -> Scores:

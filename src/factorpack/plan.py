@@ -1,6 +1,10 @@
 """The plan: what was decided for each tensor. Data, kept as strict JSON; never derived again.
 
 `ModelPlan.to_json` writes it and `ModelPlan.from_json` takes it back, edited or not; an unknown key is an error.
+
+A file is made of a plan by its forms and rates: `form` of a layer may be any that λ leads to (all but vq), `rate` is
+its λ, and half of it makes its step √2 times finer; the `rate` of the whole is that of the small tensors. `seed` is
+that of the statistics. The other keys tell what came of it, and are not read.
 """
 
 import json
@@ -36,17 +40,22 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """All weights by name, and what held for the whole file."""
+    """All weights by name, and what held for the whole file.
+
+    `rate` is the λ of the small tensors; `behind_prefix` tells whether each layer was solved on the inputs that the
+    compressed layers before it leave, or by itself.
+    """
 
     layers: Mapping[str, LayerPlan]
     rate: float
     seed: int
     size_bytes: int
+    behind_prefix: bool
 
     def to_json(self) -> str:
         """Strict JSON, one line a weight."""
         layers = ",\n".join(f"  {json.dumps(name)}: {json.dumps(asdict(plan))}" for name, plan in self.layers.items())
-        head = json.dumps({"rate": self.rate, "seed": self.seed, "size_bytes": self.size_bytes})
+        head = json.dumps({key: getattr(self, key) for key in ("rate", "seed", "size_bytes", "behind_prefix")})
         return f'{head[:-1]}, "layers": {{\n{layers}\n}}}}\n'
 
     @classmethod
@@ -71,6 +80,7 @@ def _strict(kind: type, data: object, what: str) -> dict[str, Any]:
         value = data[field.name]
         wrong = field.type is int and (not isinstance(value, int) or isinstance(value, bool))
         wrong |= field.type is float and (not isinstance(value, int | float) or isinstance(value, bool))
+        wrong |= field.type is bool and not isinstance(value, bool)
         wrong |= field.type is str and not isinstance(value, str)
         if wrong:
             raise MismatchError(f"{what}: {field.name} is {value!r}, not {getattr(field.type, '__name__', field.type)}")

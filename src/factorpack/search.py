@@ -33,10 +33,11 @@ VECTOR_SHARE = 1 / 64
 of single entries does not show (docs/log.md)."""
 SEARCHES = 14
 WALKS = 4
+WALK_TOLERANCE = 0.03
 COARSEST_BITS, FINEST_BITS = 0.5, 6
 """Bits a weight that an analysis reaches to."""
-ELASTICITY = 0.25
-"""−∂ log bytes / ∂ log λ where the search did not learn it: half a bit of two for a factor of four in λ."""
+ELASTICITY = 1 / 3
+"""−∂ log bytes / ∂ log λ, about: from 1 to 2.5 bits a weight measured as 0.3 to 0.4 (docs/log.md)."""
 STEERING = 1.3
 """By so much at most does a walk leave its λ to meet its bytes."""
 FILLINGS = 8
@@ -109,8 +110,12 @@ class Packed:
     plan: ModelPlan
 
 
+def _same(weight: FactoredWeight) -> FactoredWeight:
+    return weight
+
+
 def _candidate(layer: Layer, weight: FactoredWeight, rate: float) -> Candidate:
-    return Candidate(weight.form, layer.loss(weight), predicted_bits(weight) / 8, rate, lambda: weight)
+    return Candidate(weight.form, layer.loss(weight), predicted_bits(weight) / 8, rate, partial(_same, weight))
 
 
 def _cheapest(candidates: Sequence[Candidate], rate: float) -> Candidate:
@@ -149,9 +154,9 @@ class _Search:
     def _solved(self, layer: Layer, rate: float) -> list[Candidate]:
         """The candidates of `layer` at λ = `rate`."""
         found = [_candidate(layer, solve(rate), rate) for solve in self._solvers(layer).values()]
-        if layer.name not in self.met:
+        if not self.met:
             return found
-        # Solved once more in the end: only where no walk fits are these weights needed, and then made again.
+        # Most are never needed: a walk solves its layers again. What is needed is made again.
         solvers = self._solvers(layer)
         return [replace(candidate, make=partial(solvers[candidate.form], rate)) for candidate in found]
 
@@ -193,17 +198,18 @@ class _Search:
             return frozenset()
         return self.state.prefix.names.intersection(self.state.layers)
 
-    def walk(self, rate: float, elasticity: float, room: float) -> dict[str, Candidate]:
+    def walk(self, rate: float, room: float) -> dict[str, Candidate]:
         """Solves the layers behind the prefix, from λ = `rate` on, so that all together take about `room` bytes.
 
-        What earlier layers take more or less than expected is spread over the later ones; `elasticity` is
-        −∂ log bytes / ∂ log λ. The layers make up for each other's very errors, so they only fit together.
+        What earlier layers take more or less than expected is spread over the later ones. The layers make up for
+        each other's very errors, so they only fit together.
         """
         chosen: dict[str, Candidate] = {}
         for name in [name for name in self.state.layers if name not in self.met]:
             if not any(1 / STEERING < candidate.rate / rate < STEERING for candidate in self.found[name]):
                 self.found[name] += self._solved(self.state.layers[name], rate)
-            chosen[name] = _cheapest(self.found[name], rate)
+            weight = _cheapest(self.found[name], rate).make()
+            chosen[name] = replace(_cheapest(self.found[name], rate), make=partial(_same, weight))
         # The form that wins without the prefix wins with it: the weight hardly changes.
         forms = {name: _cheapest(self.found[name], rate).form for name in self.met}
         expected = {name: _size_at(self.found[name], rate) for name in self.met}
@@ -211,19 +217,25 @@ class _Search:
         def decide(name: str) -> tuple[str, float]:
             left = room - sum(candidate.size_bytes for candidate in chosen.values())
             due = sum(size for other, size in expected.items() if other not in chosen)
-            ratio = (due / max(left, 1e-9)) ** (1 / elasticity)
+            ratio = (due / max(left, 1e-9)) ** (1 / ELASTICITY)
             return forms[name], rate * min(max(ratio, 1 / STEERING), STEERING)
 
         return self._behind(rate, chosen, decide)
 
     def follow(self, plan: ModelPlan) -> dict[str, Candidate]:
         """Every layer in the form and at the λ of a plan."""
-        chosen = {
-            name: _candidate(layer, self._reachable(layer)[plan.layers[name].form](plan.layers[name].rate),
-                             plan.layers[name].rate)
-            for name, layer in self.state.layers.items() if name not in self.met
-        }  # fmt: skip
-        return self._behind(plan.rate, chosen, lambda name: (plan.layers[name].form, plan.layers[name].rate))
+
+        def decide(name: str) -> tuple[str, float]:
+            return plan.layers[name].form, plan.layers[name].rate
+
+        alone = [name for name in self.state.layers if not plan.behind_prefix or name not in self.met]
+        return self._behind(plan.rate, {name: self._decided(name, decide) for name in alone}, decide)
+
+    def _decided(self, name: str, decide: Callable[[str], tuple[str, float]]) -> Candidate:
+        """A layer by itself."""
+        form, rate = decide(name)
+        layer = self.state.layers[name]
+        return _candidate(layer, self._reachable(layer)[form](rate), rate)
 
     def _behind(
         self, rate: float, chosen: dict[str, Candidate], decide: Callable[[str], tuple[str, float]]
@@ -233,7 +245,7 @@ class _Search:
         `decide` gives form and λ of a layer when its turn comes; small tensors are at λ = `rate`.
         """
         prefix, layers = self.state.prefix, self.state.layers
-        if prefix is not None and self.met:
+        if prefix is not None and not self.met <= chosen.keys():
             placed = {name: vector.tensor() for name, vector in self.vectors(rate).items()}
             placed |= {name: candidate.make().tensor() for name, candidate in chosen.items()}
             alone = len(chosen)
@@ -248,11 +260,7 @@ class _Search:
 
             prefix.walk(self.met, placed, solve)
             self.progress("rounding behind the prefix", len(self.met), len(self.met))
-        for name, layer in layers.items():
-            if name not in chosen:
-                form, here = decide(name)
-                chosen[name] = _candidate(layer, self._reachable(layer)[form](here), here)
-        return {name: chosen[name] for name in layers}
+        return {name: chosen.get(name) or self._decided(name, decide) for name in layers}
 
     def _reachable(self, layer: Layer) -> dict[str, Callable[[float], FactoredWeight]]:
         """How this layer is solved at a λ, by form."""
@@ -316,11 +324,10 @@ class _Search:
         return Contents({name: stored[name] for name in state.dtypes if name in stored}, state.dtypes, aliases)
 
     def _written(self, chosen: Mapping[str, Candidate], small: Mapping[str, FactoredVector]) -> bytes:
-        weights = {name: candidate.make() for name, candidate in chosen.items()}
-        for name, candidate in chosen.items():
+        for candidate in chosen.values():
             if candidate not in self.records:
-                self.records[candidate] = encode_weight(weights[name])
-        contents = self._contents(weights, small)
+                self.records[candidate] = encode_weight(candidate.make())
+        contents = self._contents({name: _outline(self.state.layers[name].tiling) for name in chosen}, small)
         return to_bytes(contents, [self.records[chosen[name]] for name in contents.tensors if name in chosen])
 
 
@@ -378,7 +385,7 @@ def pack(state: State, size_bytes: int, options: Options, progress: Progress, ru
             search.found[name].append(candidate)
     bracket = _between(rungs, goal) or _bracket(search, _first_rate(state, size_bytes), goal)
     if search.met and (found := _walked(search, bracket, size_bytes)) is not None:
-        return Packed(found[0], _plan(found[1], bracket.nearest[0], options.seed, len(found[0])))
+        return Packed(found[0], _plan(found[1], bracket.nearest[0], options.seed, len(found[0]), behind_prefix=True))
     best = bracket.below or bracket.above
     assert best is not None
     try:
@@ -398,7 +405,7 @@ def pack(state: State, size_bytes: int, options: Options, progress: Progress, ru
                 f"{size_bytes:,} bytes cannot be met: the smallest file of this model takes {len(data):,} bytes, "
                 f"with every weight at its coarsest; ask for more"
             ) from None
-    return Packed(data, _plan(chosen, rate, options.seed, len(data)))
+    return Packed(data, _plan(chosen, rate, options.seed, len(data), behind_prefix=False))
 
 
 @dataclass(frozen=True)
@@ -422,7 +429,11 @@ def _between(rungs: Sequence[Rung], goal: float) -> _Bracket | None:
 
 
 def _bracket(search: _Search, rate: float, goal: float) -> _Bracket:
-    """Looks for the λ where a file would have `goal` bytes, by the secant of log size over log λ."""
+    """Looks for the λ where a file would have `goal` bytes, by the secant of log size over log λ.
+
+    Where walks follow, which steer themselves, a λ that is nearly right will do.
+    """
+    tolerance = WALK_TOLERANCE if search.met else TOLERANCE / 2
     above: tuple[float, float] | None = None
     below: tuple[float, float] | None = None
     nearest: tuple[float, float] | None = None
@@ -438,7 +449,7 @@ def _bracket(search: _Search, rate: float, goal: float) -> _Bracket:
         if nearest is None or abs(size - goal) < abs(nearest[1] - goal):
             nearest = (rate, size)
         following = _next_rate(rate, size, goal, above, below)
-        if abs(size - goal) <= goal * TOLERANCE / 2 or following is None:
+        if abs(size - goal) <= goal * tolerance or following is None:
             break
         rate = following
     assert nearest is not None
@@ -447,15 +458,12 @@ def _bracket(search: _Search, rate: float, goal: float) -> _Bracket:
 
 def _walked(search: _Search, bracket: _Bracket, size_bytes: int) -> tuple[bytes, dict[str, Candidate]] | None:
     """The largest file within `size_bytes` of at most `WALKS` walks; None where none of them fits."""
-    rate, elasticity = bracket.nearest[0], ELASTICITY
-    if bracket.above and bracket.below:
-        (low, larger), (high, smaller) = bracket.above, bracket.below
-        elasticity = max(math.log(larger / smaller) / math.log(high / low), ELASTICITY / 4)
+    rate = bracket.nearest[0]
     small = search.vectors(rate)
     room = size_bytes * (1 - TOLERANCE / 2) - len(search._written({}, small))
     best: tuple[bytes, dict[str, Candidate]] | None = None
     for _ in range(WALKS):
-        chosen = search.walk(rate, elasticity, room)
+        chosen = search.walk(rate, room)
         data = search._written(chosen, small)
         if len(data) <= size_bytes and (best is None or len(data) > len(best[0])):
             best = data, chosen
@@ -505,10 +513,17 @@ def _smallest(search: _Search) -> tuple[bytes, dict[str, Candidate]]:
     return search._written(chosen, search.vectors(LARGEST_RATE)), chosen
 
 
+def resolved(state: State, name: str, form: str, rate: float) -> FactoredWeight:
+    """The weight `name` in a form that λ leads to, solved at λ = `rate`."""
+    search = _Search(state, Options(), lambda _stage, _done, _total: None)
+    return search._reachable(state.layers[name])[form](rate)
+
+
 def pack_plan(state: State, plan: ModelPlan, options: Options, progress: Progress) -> Packed:
     """The file that a plan describes: each layer in its form at its λ, whatever size that gives.
 
-    Raises MismatchError where the plan is of other layers, UnsupportedError for forms that no λ leads to.
+    Raises MismatchError where the plan is of other layers or a λ is no positive number, UnsupportedError for forms
+    that no λ leads to.
     """
     search = _Search(state, options, progress)
     if set(plan.layers) != set(state.layers):
@@ -518,13 +533,16 @@ def pack_plan(state: State, plan: ModelPlan, options: Options, progress: Progres
         forms = ", ".join(search._reachable(state.layers[name]))
         if layer.form not in forms.split(", "):
             raise UnsupportedError(f"the plan wants {layer.form} for {name!r}, which a plan can store as {forms}")
+    for name, rate in [("the small tensors", plan.rate), *((name, layer.rate) for name, layer in plan.layers.items())]:
+        if not 0 < rate < math.inf:
+            raise MismatchError(f"the plan's rate of {name} is {rate}: λ is positive; projected gradients have none")
     chosen = search.follow(plan)
     small = search.vectors(plan.rate)
     data = search._written(chosen, small)
-    return Packed(data, _plan(chosen, plan.rate, plan.seed, len(data)))
+    return Packed(data, _plan(chosen, plan.rate, plan.seed, len(data), plan.behind_prefix))
 
 
-def _plan(chosen: Mapping[str, Candidate], rate: float, seed: int, size_bytes: int) -> ModelPlan:
+def _plan(chosen: Mapping[str, Candidate], rate: float, seed: int, size_bytes: int, behind_prefix: bool) -> ModelPlan:
     layers = {}
     for name, candidate in chosen.items():
         weight = candidate.make()
@@ -533,4 +551,4 @@ def _plan(chosen: Mapping[str, Candidate], rate: float, seed: int, size_bytes: i
             weight.form, float(grid.steps[0]), weight.codes.shape[0], weight.tiling.depth, candidate.rate,
             round(candidate.size_bytes), candidate.loss,
         )  # fmt: skip
-    return ModelPlan(layers, rate, seed, size_bytes)
+    return ModelPlan(layers, rate, seed, size_bytes, behind_prefix)

@@ -4,7 +4,15 @@ import torch
 from torch import Tensor, nn
 
 from factorpack.errors import MismatchError
-from factorpack.nn.state import SMALL, batch_norm_curvature, read_state
+from factorpack.nn.state import (
+    LOOKUP_SMOOTHING,
+    LOOKUP_WEIGHT,
+    SMALL,
+    UNSEEN_WEIGHT,
+    batch_norm_curvature,
+    lookup_weights,
+    read_state,
+)
 from factorpack.nn.statistics import collect
 from factorpack.solve.objective import distortion
 
@@ -222,6 +230,100 @@ def test_small_tensors_carry_their_fisher_information() -> None:
     statistics = collect(model, [x], "logits", 0)
     small = read_state(model.state_dict(keep_vars=True), model, statistics).small["bias"]
     assert np.array_equal(small.curvature, statistics.fisher["bias"].numpy())
+
+
+# --- rows that are looked up ----------------------------------------------------------------------------------
+
+
+def zipf(rows: int, drawn: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Shares of a vocabulary, the most frequent row first, and how often each came up in `drawn` look-ups."""
+    shares = 1 / (torch.arange(rows) + 3.0)
+    shares = shares / shares.sum()
+    places = torch.multinomial(shares, drawn, replacement=True, generator=torch.Generator().manual_seed(seed))
+    return shares, torch.bincount(places, minlength=rows)
+
+
+@pytest.mark.parametrize(("rows", "drawn"), [(30_000, 20_000), (5000, 1000), (3000, 20_000)])
+def test_unseen_rows_count_together_what_falls_to_them(rows: int, drawn: int) -> None:
+    ratios, halves = [], []
+    for seed in range(5):
+        shares, counts = zipf(rows, drawn, seed)
+        unseen = counts == 0
+        found = lookup_weights(counts / drawn, counts)
+        ratios.append(float(found[unseen].sum() / UNSEEN_WEIGHT / shares[unseen].sum()))
+        # Where rows are sorted, so are the unseen ones.
+        first, second = found[unseen].chunk(2)
+        halves.append(float(first.mean() / second.mean()))
+    assert 0.75 < np.mean(ratios) < 1.25, ratios
+    assert min(halves) > (1.2 if rows > 3000 else 0.8), halves
+
+
+def test_rows_that_were_often_seen_keep_their_weight() -> None:
+    _, counts = zipf(3000, 20_000, 0)
+    # What an error of a look-up counts differs from row to row.
+    weights = counts / 20_000 * rand(3000).mul(0.5).exp()
+    found = lookup_weights(weights, counts)
+    often = counts > 50
+    assert (found[often] / weights[often] - 1).abs().max() < 0.1
+    # Those met once stand between their own and their kind's mean.
+    once = counts == 1
+    torch.testing.assert_close(found[once], (weights[once] + weights[once].mean()) / 2)
+
+
+def test_more_look_ups_count_more() -> None:
+    counts = torch.arange(60).repeat_interleave(3)
+    for weights in (counts / 100, torch.full((180,), 0.5) * (counts > 0)):
+        found = lookup_weights(weights, counts)
+        seen = found[counts > 0].reshape(-1, 3)[:, 0]
+        assert bool((seen.diff() > 0).all())
+        assert found[:3].max() < seen[0] * UNSEEN_WEIGHT
+
+
+@pytest.mark.parametrize("rows", [1, 2, 19, 1000, 1001, 2500])
+def test_edges_of_look_ups(rows: int) -> None:
+    cases = {
+        "all once": torch.ones(rows, dtype=torch.long),
+        "none once": 3 * (torch.arange(rows) % 2),
+        "all often": torch.full((rows,), 7),
+        "none": torch.zeros(rows, dtype=torch.long),
+        "the last one once": (torch.arange(rows) == rows - 1).long(),
+    }
+    for name, counts in cases.items():
+        found = lookup_weights(counts / 10, counts)
+        assert found.dtype == torch.float32
+        assert found.shape == (rows,)
+        assert bool(torch.isfinite(found).all()), name
+        assert bool((found >= 0).all()), name
+        # Measured weights that are just the counts are kept.
+        torch.testing.assert_close(found[counts > 0], counts[counts > 0] / 10)
+        if name in ("none once", "none"):
+            assert not found[counts == 0].any()
+    # One single look-up of few rows: the others get at most a twentieth of it each, doubled.
+    last = lookup_weights(cases["the last one once"] / 10, cases["the last one once"])
+    assert bool((last[:-1] <= UNSEEN_WEIGHT * 0.1 / 20 + 1e-9).all())
+
+
+def test_look_ups_are_counted_row_by_row() -> None:
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 4))
+    found = collect(model, [TOKENS, torch.tensor([[19, 1]])], "embedding", 0).weights
+    expected = torch.zeros(20, dtype=torch.long)
+    expected[[1, 2, 3, 4, 19]] = torch.tensor([3, 1, 1, 2, 1])
+    assert torch.equal(found["0.weight"].counts, expected)
+    assert found["0.weight"].positions == 8
+    assert found["1.weight"].counts is None
+    assert collect(Tied(), [TOKENS], "embedding", 0).weights["table.weight"].counts is None
+
+
+def test_a_state_weighs_rows_by_their_look_ups() -> None:
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 4))
+    statistics = collect(model, [TOKENS], "embedding", 0)
+    layer = state_of(model, TOKENS).layers["0.weight"]
+    measured = statistics.fisher["0.weight"].sum(1) / 8
+    expected = lookup_weights(measured, statistics.weights["0.weight"].counts)
+    torch.testing.assert_close(
+        layer.metric.row_weights, LOOKUP_WEIGHT * (expected + LOOKUP_SMOOTHING * expected.mean())
+    )
+    assert layer.row_exponents is not None
 
 
 # --- batch norm -----------------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from factorpack.factors import Codes, FactoredWeight, OneHotCodes
-from factorpack.solve.layer import FINEST, Layer
+from factorpack.factors import Codes, FactoredWeight, OneHotCodes, steps_of
+from factorpack.solve import layer as layer_module
+from factorpack.solve.layer import FINEST, PATHS, STEP_GRAIN, STEP_POWER, Layer
 from factorpack.solve.objective import Metric, distortion
 from factorpack.tiling import Tiling
 
@@ -354,3 +355,136 @@ def test_layers_whose_inputs_were_all_zero(form: str) -> None:
     found = solved(form, silent, 1e-3)
     assert np.isfinite(found.tensor()).all()
     assert silent.loss(found) == 0
+
+
+# --- behind a prefix ------------------------------------------------------------------------------------------
+
+
+def inputs_of(groups: int, inputs: int, count: int = 400) -> tuple[Tensor, Tensor]:
+    """Inputs (g, P, n) before and behind a prefix that adds errors which follow the inputs."""
+    now = rand(groups, count, inputs, seed=11) + rand(groups, count, 1, seed=12)
+    before = now + 0.3 * now @ rand(groups, inputs, inputs, seed=13) / inputs**0.5 + 0.1 * rand(*now.shape, seed=14)
+    return before, now
+
+
+BEHIND = {
+    "linear": layer((6, 10)),
+    "convolution": layer((8, 3, 2, 2)),
+    "grouped": layer((12, 4, 2, 2), groups=3),
+    "transposed": layer((8, 6, 2, 2), groups=2, transposed=True),
+    "without data": layer((6, 10), kind="plain"),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_behind_a_prefix_a_layer_fits_what_the_original_gave(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    which = BEHIND[name]
+    groups, width = which.tiling.groups, which.tiling.matrix_shape[1]
+    before, now = inputs_of(groups, width)
+    moments, drift = now.mT @ now / now.shape[1], (before - now).mT @ now / now.shape[1]
+    monkeypatch.setattr(layer_module, "DRIFT_DAMPING", 1e-9)
+    found = which.behind(moments, drift)
+    blocks = which.tiling.matrix(which.tensor).reshape(groups, -1, width)
+    expected = [
+        np.linalg.lstsq(y.double().numpy(), x.double().numpy() @ block.T.astype(np.float64), rcond=None)[0].T
+        for x, y, block in zip(before, now, blocks, strict=True)
+    ]
+    assert found.tensor.dtype == np.float32
+    np.testing.assert_allclose(
+        which.tiling.matrix(found.tensor), np.concatenate(expected), rtol=1e-3, atol=1e-4 * np.abs(blocks).max()
+    )
+    assert (found.name, found.tiling, found.looked_up, found.paths) == ("weight", which.tiling, False, PATHS)
+    assert found.metric.moments is moments
+    assert found.metric.row_weights is which.metric.row_weights
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_without_drift_the_weight_is_the_same(name: str) -> None:
+    which = BEHIND[name]
+    _, now = inputs_of(which.tiling.groups, which.tiling.matrix_shape[1])
+    moments = now.mT @ now / now.shape[1]
+    np.testing.assert_array_equal(which.behind(moments, torch.zeros_like(moments)).tensor, which.tensor)
+
+
+def test_damping_keeps_a_thin_sample_from_moving_the_weight_far() -> None:
+    which = layer((6, 40))
+    before, now = inputs_of(1, 40, count=5)
+    moments, drift = now.mT @ now / 5, (before - now).mT @ now / 5
+    found = which.behind(moments, drift).tensor
+    assert np.isfinite(found).all()
+    assert np.linalg.norm(found - which.tensor) < 2 * np.linalg.norm(which.tensor)
+    dead = which.behind(torch.zeros(1, 40, 40), torch.zeros(1, 40, 40))
+    np.testing.assert_array_equal(dead.tensor, which.tensor)
+
+
+@pytest.mark.parametrize("form", ["direct", "sparse_pca", "svd"])
+def test_behind_a_prefix_rounding_follows_several_paths(form: str) -> None:
+    which = LAYERS["linear"]
+    moments = which.metric.moments
+    behind = which.behind(moments, torch.zeros_like(moments))
+    assert behind.problem.feedback.paths == PATHS > which.problem.feedback.paths == 1
+    assert behind.loss(solved(form, behind, 1e-2)) < which.loss(solved(form, which, 1e-2))
+
+
+# --- steps of rows that are looked up -------------------------------------------------------------------------
+
+
+def test_only_rows_that_are_looked_up_have_steps_of_their_own() -> None:
+    for name, which in LAYERS.items():
+        assert (which.row_exponents is not None) == (name == "looked up"), name
+    assert layer((60, 12), kind="plain").row_exponents is None
+    even = Layer("weight", LAYERS["looked up"].tensor, Tiling((60, 12)), Metric(None, torch.full((60,), 3.0)), True)
+    assert even.row_exponents is None
+    assert even.scaled is even.problem
+    worthless = Layer("weight", LAYERS["looked up"].tensor, Tiling((60, 12)), Metric(None, torch.zeros(60)), True)
+    assert worthless.row_exponents is None
+
+
+def looked_up(weights: Tensor, width: int = 12) -> Layer:
+    tensor = rand(len(weights), width).numpy()
+    return Layer("table", tensor, Tiling(tensor.shape), Metric(None, weights), True)
+
+
+def test_rows_that_count_more_get_finer_steps_by_half_octaves() -> None:
+    weights = torch.logspace(-4, 2, 50)
+    exponents = looked_up(weights).row_exponents
+    assert exponents.dtype == np.int32
+    assert (np.diff(exponents) <= 0).all()
+    assert exponents[0] > 0 > exponents[-1]
+    assert STEP_GRAIN == 32
+    assert not (exponents % STEP_GRAIN).any()
+    ideal = -0.5 * STEP_POWER * np.log2(weights.double().numpy() / weights.double().mean().item()) * 64
+    assert np.abs(exponents - ideal).max() <= STEP_GRAIN / 2 + 1e-6
+
+
+@pytest.mark.parametrize("form", ["direct", "sparse_pca", "svd"])
+def test_the_scaled_problem_is_the_same_in_units_of_the_steps(form: str) -> None:
+    which = looked_up(torch.logspace(-4, 2, 50))
+    steps = steps_of(which.row_exponents)
+    found = solved(form, which, 1e-3)
+    in_units = torch.from_numpy((found.tensor() / steps[:, None]).astype(np.float32))
+    scaled = 0.5 * float(distortion(which.scaled.weight, in_units, which.scaled.metric))
+    assert which.loss(found) == pytest.approx(scaled, rel=1e-4)
+    grid = found.basis.grid if form == "direct" else found.codes.grid
+    assert np.array_equal(grid.exponents - grid.exponents[0], which.row_exponents - which.row_exponents[0])
+
+
+def test_steps_of_their_own_save_what_they_are_for() -> None:
+    """At a loss a row of weight to the power of minus three quarters, rare rows take fewer bits."""
+    which = looked_up(torch.logspace(-4, 2, 50))
+    magnitudes = np.abs(which.solve_direct(1e-3, pricer).codes.integers).mean(1)
+    assert magnitudes[-10:].mean() > 4 * magnitudes[:10].mean()
+
+
+@pytest.mark.parametrize(("form", "depth"), [("direct", 0), ("sparse_pca", 12), ("svd", 12)])
+def test_with_steps_scales_whole_outputs(form: str, depth: int) -> None:
+    even = Layer("weight", LAYERS["looked up"].tensor, Tiling((60, 12)), Metric(None, torch.ones(60)), True)
+    found = solved(form, even, 1e-3)
+    assert found.tiling.depth == depth
+    exponents = np.arange(-30, 30, dtype=np.int32) * 8
+    scaled = found.with_steps(exponents)
+    np.testing.assert_allclose(scaled.tensor(), found.tensor() * steps_of(exponents)[:, None], rtol=2e-2)
+    # Octaves are exact.
+    octaves = found.with_steps(np.arange(60, dtype=np.int32) % 5 * 64)
+    np.testing.assert_array_equal(octaves.tensor(), found.tensor() * 2.0 ** (np.arange(60) % 5)[:, None])
+    assert found.with_steps(None) is found

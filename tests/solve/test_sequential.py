@@ -1,6 +1,7 @@
 """Sequential rounding against the same thing written out slowly, and what it is for: less distortion for its bits."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from factorpack.solve.sequential import (
     direct,
     principal_basis,
     round_columns,
+    round_paths,
     round_tiles,
+    rounded,
     vector_quantised,
     with_basis,
 )
@@ -172,6 +175,129 @@ def test_a_higher_rate_lowers_the_entropy() -> None:
 def test_codes_stay_within_what_a_file_holds() -> None:
     found = round_columns(torch.tensor([[[1e12, -1e12]]]), Feedback(torch.eye(2)[None]))
     assert found.abs().max() == sequential.CODE_LIMIT
+
+
+# --- several paths --------------------------------------------------------------------------------------------
+
+
+def lost(target: Tensor, found: Tensor, moments: Tensor) -> float:
+    """The distortion that rounding sees: in the damped moments."""
+    total = 0.0
+    for group, error in enumerate((target - found).double().numpy()):
+        total += float(np.sum(error @ damped(moments[group].double().numpy()) * error))
+    return total
+
+
+def test_one_path_is_columns_in_turn() -> None:
+    target, feedback = 3 * rand(2, 7, 70), Feedback(correlated(2, 70))
+    assert torch.equal(round_paths(target, feedback, 1), round_columns(target, feedback))
+    uncoupled = Feedback(torch.eye(70).expand(2, -1, -1))
+    assert torch.equal(round_paths(target, uncoupled, 8), torch.round(target))
+
+
+def best_of_all(target: np.ndarray, moments: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """One row (n,): every sequence of the two integers nearest to what feedback makes of each column."""
+    hessian = damped(moments)[np.ix_(order, order)]
+    inverses = [np.linalg.inv(hessian[j:, j:]) for j in range(len(target))]
+    best, least = target, math.inf
+    for ways in product((0, 1), repeat=len(target)):
+        x, codes = target[order].copy(), np.zeros(len(target))
+        for j, (way, inverse) in enumerate(zip(ways, inverses, strict=True)):
+            nearest = np.rint(x[j])
+            codes[j] = nearest if not way else nearest + (1 if x[j] >= nearest else -1)
+            x[j + 1 :] -= (x[j] - codes[j]) / inverse[0, 0] * inverse[0, 1:]
+        error = target[order] - codes
+        if error @ hessian @ error < least:
+            best, least = codes[np.argsort(order)], error @ hessian @ error
+    return best
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_enough_paths_find_the_best_of_all(seed: int) -> None:
+    target, moments = 2 * rand(2, 6, 5, seed=seed), correlated(2, 5, seed=seed)
+    feedback = Feedback(moments)
+    found, order = round_paths(target, feedback, 32), feedback.order.numpy()
+    differ = 0
+    for group, row in product(range(2), range(6)):
+        expected = best_of_all(target[group, row].double().numpy(), moments[group].double().numpy(), order)
+        assert np.array_equal(found[group, row].numpy(), expected)
+        differ += not np.array_equal(expected, round_columns(target, feedback)[group, row].numpy())
+    assert differ
+
+
+@pytest.mark.parametrize(("groups", "inputs"), [(1, 24), (3, 24), (1, 64), (2, 100), (1, 130)])
+def test_more_paths_lose_less(groups: int, inputs: int) -> None:
+    losses = dict.fromkeys((1, 2, 8), 0.0)
+    for seed in range(20):
+        target, moments = rand(groups, 8, inputs, seed=seed), correlated(groups, inputs, seed=seed)
+        feedback = Feedback(moments)
+        for paths in losses:
+            found = round_paths(target, feedback, paths)
+            assert torch.equal(found, found.round())
+            losses[paths] += lost(target, found, moments)
+    assert losses[8] < losses[2] < losses[1]
+    assert losses[8] < 0.95 * losses[1]
+
+
+def test_within_a_block_every_row_loses_what_its_path_says() -> None:
+    """With all sequences followed no row can lose more than by one path."""
+    target, moments = rand(1, 30, 8), correlated(1, 8)
+    feedback = Feedback(moments)
+    many, one = round_paths(target, feedback, 256), round_columns(target, feedback)
+    for row in range(30):
+        each = [lost(target[:, row : row + 1], found[:, row : row + 1], moments) for found in (many, one)]
+        assert each[0] <= each[1] * (1 + 1e-5)
+
+
+def test_groups_follow_paths_of_their_own() -> None:
+    moments = correlated(3, 10)
+    scale = moments.diagonal(dim1=1, dim2=2).rsqrt() * torch.linspace(2, 1, 10)
+    moments = moments * scale[:, :, None] * scale[:, None, :]
+    target = 3 * rand(3, 6, 10)
+    together = round_paths(target, Feedback(moments), 4)
+    for group in range(3):
+        alone = round_paths(target[group : group + 1], Feedback(moments[group : group + 1]), 4)
+        assert torch.equal(together[group], alone[0])
+
+
+def test_rows_do_not_meet() -> None:
+    target, feedback = 3 * rand(1, 9, 90), Feedback(correlated(1, 90))
+    together = round_paths(target, feedback, 8)
+    assert torch.equal(together[:, 4:5], round_paths(target[:, 4:5], feedback, 8))
+
+
+def test_a_price_takes_one_path() -> None:
+    target, moments = 3 * rand(1, 8, 12), correlated(1, 12)
+    feedback, paid = Feedback(moments, paths=8), price(8, 12, 0.2)
+    assert torch.equal(rounded(target, feedback, paid), round_columns(target, feedback, paid))
+    assert torch.equal(rounded(target, feedback), round_paths(target, feedback, 8))
+    assert not torch.equal(rounded(target, feedback), round_columns(target, feedback))
+
+
+def test_paths_stay_within_what_a_file_holds() -> None:
+    moments = torch.tensor([[[1.0, 0.5], [0.5, 1.0]]])
+    for sign in (1, -1):
+        found = round_paths(torch.full((1, 1, 2), sign * 1e12), Feedback(moments), 4)
+        assert found.abs().max() == sequential.CODE_LIMIT
+
+
+@pytest.mark.parametrize("form", ["direct", "along outputs", "along inputs", "taps"])
+def test_every_form_follows_the_paths_of_its_problem(form: str) -> None:
+    weight, moments = rand(14, 18), correlated(1, 18)
+    losses = []
+    for paths in (1, 8):
+        found = Problem(weight, Metric(moments), Feedback(moments, paths=paths))
+        if form == "direct":
+            stored = direct(found, Tiling((14, 18)), 0.7)
+        elif form == "taps":
+            stored = sequential.with_tap_basis(found, Tiling((14, 6, 3))).solve("separable", 0.7)
+        else:
+            basis, _ = principal_basis(found, form == "along inputs")
+            tiling = Tiling((14, 18), depth=18 if form == "along inputs" else 0)
+            stored = with_basis(found, tiling, basis.float(), 0.01).solve("sparse_pca", 0.7)
+        assert_whole_signed_bits(stored)
+        losses.append(lost(weight[None], torch.from_numpy(stored.tensor()).reshape(1, 14, 18), moments))
+    assert losses[1] < losses[0]
 
 
 # --- codewords ------------------------------------------------------------------------------------------------

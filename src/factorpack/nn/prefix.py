@@ -34,8 +34,8 @@ from factorpack.nn.loading import identity
 from factorpack.nn.statistics import Statistics, call_model
 from factorpack.nn.uses import Convolution, Dense, Names
 
-ROWS_PER_CALL = 4096
-"""At most that many of a sample's positions are looked at again."""
+ROWS_PER_INPUT = 64
+"""So many positions an input enter a walk's moments, of all batches together."""
 
 Solve = Callable[[str, Float[Tensor, "g n n"], Float[Tensor, "g n n"]], np.ndarray]
 """A weight's name, E[x̂ x̂ᵀ] and E[(x − x̂) x̂ᵀ] to the tensor that is put in its place."""
@@ -118,7 +118,9 @@ class _Run:
 @contextmanager
 def _runs(model: nn.Module, batches: Sequence[object], names: frozenset[str]) -> Iterator[list[_Run]]:
     found = {id(parameter): name for name, parameter in model.named_parameters() if name in names}
-    runs = [_Run(model, batch, found) for batch in batches]
+    # Modules of their own for each run, over the same parameters: some keep what they saw on themselves.
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    runs = [_Run(copy.deepcopy(model, dict(shared)), batch, found) for batch in batches]
     try:
         yield runs
     finally:
@@ -155,16 +157,26 @@ class Prefix:
 
     @property
     def names(self) -> frozenset[str]:
-        """Weights that a walk meets: products and convolutions that every batch has once and no look-ups."""
+        """Weights that a walk meets: products and convolutions that no batch has twice and no look-ups."""
         uses = Counter(name for name, _, _ in self.statistics.samples)
+        repeated = {name for name, _, before in self.statistics.samples if before}
         return frozenset(
             name
             for name, seen in self.statistics.weights.items()
-            if seen.counts is None and 0 < uses[name] == seen.uses <= len(self.batches)
+            if seen.counts is None and 0 < uses[name] == seen.uses and name not in repeated
         )
 
     def walk(self, names: frozenset[str], placed: Mapping[str, np.ndarray], solve: Solve) -> None:
-        """Solves the weights `names` in turn, on a copy of the network in which the `placed` tensors are in place."""
+        """Solves the weights `names` in turn, on a copy of the network in which the `placed` tensors are in place.
+
+        A weight's turn comes when all batches that use it have come there; where they come in different orders, when
+        the first one has.
+        """
+        users: dict[str, set[int]] = {name: set() for name in names}
+        for name, at, _ in self.statistics.samples:
+            if name in names:
+                users[name].add(at)
+        solved: set[str] = set()
         compressed = copy_of(self.model)
         tensors = compressed.state_dict(keep_vars=True)
         for name, values in placed.items():
@@ -176,11 +188,13 @@ class Prefix:
         ):
             pairs = list(zip(originals, follows, strict=True))
             _advance(pool, [*originals, *follows])
-            while waiting := [run.use.name for run in originals if run.use is not None]:
-                name = waiting[0]
-                there = [(at, pair) for at, pair in enumerate(pairs) if all(r.use and r.use.name == name for r in pair)]
-                met = self._met(pool, name, there)
+            while waiting := {at: run.use.name for at, run in enumerate(originals) if run.use is not None}:
+                ready = (name for name in waiting.values() if all(waiting.get(at) == name for at in users[name]))
+                name = next(ready, next(iter(waiting.values())))
+                there = [(at, pair) for at, pair in enumerate(pairs) if _alike(pair, name)]
+                met = None if name in solved else self._met(pool, name, there)
                 if met is not None:
+                    solved.add(name)
                     tensors[name].data.copy_(torch.from_numpy(solve(name, *met)))
                 _advance(pool, [run for run in (*originals, *follows) if run.use and run.use.name == name])
 
@@ -203,7 +217,12 @@ class Prefix:
         sample = self.statistics.samples.get((name, at, 0))
         if sample is None or not len(sample.chosen):
             return None
-        chosen = sample.chosen[:: -(-len(sample.chosen) // ROWS_PER_CALL)].long()
+        chosen = sample.chosen.long()
+        most = -(-ROWS_PER_INPUT * self.statistics.weights[name].moments.shape[1] // len(self.batches))
+        if len(chosen) > most:
+            # At random: every k-th position of an image would leave whole columns of it out.
+            order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))
+            chosen = chosen[order[:most]]
         scale = sample.scale * len(sample.chosen) / len(chosen)
         before, now = (_rows(run, chosen) for run in pair)
         return scale * (now.mT @ now), scale * ((before - now).mT @ now), scale * len(chosen)
@@ -213,6 +232,12 @@ def _advance(pool: ThreadPoolExecutor, runs: Sequence[_Run]) -> None:
     """All of them to their next pause, as many at a time as there are processors."""
     for _ in pool.map(_Run.advance, runs):
         pass
+
+
+def _alike(pair: tuple[_Run, _Run], name: str) -> bool:
+    """Whether both networks use the weight `name`, at equally many positions: routes may depend on values."""
+    before, now = (run.use for run in pair)
+    return bool(before and now and before.name == now.name == name and before.inputs.shape == now.inputs.shape)
 
 
 def _rows(run: _Run, chosen: Tensor) -> Tensor:

@@ -28,6 +28,9 @@ LOOKUP_SMOOTHING = 0.1
 UNSEEN_WEIGHT = 2.0
 """What the estimate for rows that were never looked up counts: they get the coarsest steps, where the loss grows
 faster than the square of the error (docs/log.md)."""
+LOOKUP_WEIGHT = 1.5
+"""What all rows that are looked up count beside other weights: texts of another kind than those of calibration cost
+about that much more (docs/log.md)."""
 NEIGHBOURS = 1000
 """Rows whose places lie within so many are taken to be looked up about as often: vocabularies are mostly sorted."""
 SMALL = 64
@@ -131,7 +134,7 @@ def _metric(tiling: Tiling, seen: WeightStatistics | None, fisher: Tensor) -> Me
     if seen.counts is not None:
         rows = lookup_weights(rows, seen.counts)
         # Added, not blended: what was measured stays.
-        return Metric(None, rows + LOOKUP_SMOOTHING * rows.mean())
+        return Metric(None, LOOKUP_WEIGHT * (rows + LOOKUP_SMOOTHING * rows.mean()))
     return Metric(seen.moments, _smoothed(rows, SMOOTHING))
 
 

@@ -95,7 +95,8 @@ class Layer:
         rows = self.metric.row_weights
         if rows is None or not self.looked_up:
             return None
-        octaves = -0.5 * STEP_POWER * torch.log2(rows.double().clamp_min(1e-30) / rows.double().mean())
+        weights = rows.double().clamp_min(1e-30)
+        octaves = -0.5 * STEP_POWER * torch.log2(weights / weights.mean())
         grains = torch.round(octaves * (STEPS_PER_OCTAVE / STEP_GRAIN)).to(torch.int32).numpy()
         return grains * np.int32(STEP_GRAIN) if grains.any() else None
 

@@ -170,8 +170,8 @@ def round_paths(target: Float[Tensor, "g r n"], feedback: Feedback, paths: int) 
         steps: list[tuple[Tensor, Tensor, Tensor]] = []
         for j in range(width):
             column = own[:, j]
-            near = torch.round(column).clamp_(-CODE_LIMIT, CODE_LIMIT)
-            tried = torch.cat((near, near + torch.where(column < near, -1.0, 1.0)), 1)
+            near = torch.round(column)
+            tried = torch.cat((near, near + torch.where(column < near, -1.0, 1.0)), 1).clamp_(-CODE_LIMIT, CODE_LIMIT)
             error = (column.repeat(1, 2, 1) - tried) * inverse[:, start + j, None, None]
             metric, kept = (metric.repeat(1, 2, 1) + error.square()).topk(paths, dim=1, largest=False)
             parent = kept % paths

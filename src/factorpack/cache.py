@@ -1,0 +1,276 @@
+"""The cache of an analysis: statistics and rungs in a folder, so that any further size needs neither anew.
+
+The folder holds one subfolder a question, named by the first 16 hex digits of its key:
+
+    statistics.json, .safetensors   what calibration said: scalars, tensors
+    rates.json                      the λ of the analysis
+    rung-00.json, .fpk              form, loss and size of every layer at one λ, and the weights that are needed again
+
+Each JSON file holds the key, a checksum of its content and one of the file beside it. What does not fit them is made
+again, what is of another key stays where it is. The key covers all tensors, the network as it is printed, the data,
+the options and the version of this package, not the code of the network.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from factorpack import __version__
+from factorpack.container import Contents, read, to_bytes, write
+from factorpack.errors import FactorpackError, UnsupportedError
+from factorpack.factors import FactoredWeight
+from factorpack.nn.state import State
+from factorpack.nn.statistics import Sample, Statistics, WeightStatistics
+from factorpack.pipeline import Source, one_thread
+from factorpack.search import Candidate, Options, Packed, Progress, Rung, pack, rates_of, resolved, rung
+
+Note = Callable[[str], None]
+"""Told in a sentence of what was found wrong and mended."""
+RUNGS_HELD = 4
+"""So many rungs' weights stay in memory: choices fall on neighbours."""
+
+
+def _feed(digest: Any, value: object) -> None:
+    """Adds a value, whole and with its type, to a hash."""
+    if isinstance(value, Tensor):
+        digest.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
+        # Without values there is no state either, which is told with the tensor's name.
+        if not nn.parameter.is_lazy(value) and not value.is_meta:
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        digest.update(f"array {value.dtype.str} {value.shape};".encode() + value.tobytes())
+    elif isinstance(value, Mapping):
+        digest.update(f"mapping {len(value)};".encode())
+        for key, item in value.items():
+            _feed(digest, key)
+            _feed(digest, item)
+    elif isinstance(value, list | tuple):
+        digest.update(f"sequence {len(value)};".encode())
+        for item in value:
+            _feed(digest, item)
+    elif value is None or isinstance(value, str | bytes | bool | int | float | torch.dtype | slice):
+        text = repr(value).encode()
+        digest.update(f"{type(value).__name__} {len(text)};".encode() + text)
+    else:
+        raise UnsupportedError(
+            f"a calibration batch holds a {type(value).__name__}, which a cache cannot tell from another: "
+            f"hand over tensors, numbers and strings in tuples, lists or dicts, or leave the cache out"
+        )
+
+
+def key_of(source: Source, options: Options) -> str:
+    """SHA-256, in hex, of all that an analysis depends on, but for code; see the head of this module.
+
+    Raises UnsupportedError for a calibration batch of which it cannot tell whether it is the same.
+    """
+    digest = sha256()
+    model = source.model
+    tensors = dict(model.state_dict()) if isinstance(model, nn.Module) else model
+    # Strides and paddings are in no tensor. Addresses, which some modules print, change with every run.
+    printed = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(model)) if isinstance(model, nn.Module) else None
+    _feed(digest, {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)})
+    _feed(digest, [printed, source.batches, source.output, asdict(options), __version__])
+    return digest.hexdigest()
+
+
+def _checksum(content: object) -> str:
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Store:
+    """A subfolder `folder` of JSON files, each with at most one file of bytes beside it, all of one `key`."""
+
+    folder: Path
+    key: str
+    note: Note
+
+    def path(self, name: str, suffix: str) -> Path:
+        return self.folder / f"{name}{suffix}"
+
+    def load(self, name: str) -> Any:
+        """The content of `name`; None where it is not there or, with a note, not as it was written."""
+        path = self.path(name, ".json")
+        if not path.exists():
+            return None
+        try:
+            held = json.loads(path.read_bytes())
+            good = held["key"] == self.key and held["checksum"] == _checksum(held["content"])
+            for suffix, checksum in held["beside"].items():
+                good &= sha256(self.path(name, suffix).read_bytes()).hexdigest() == checksum
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            good = False
+        if good:
+            return held["content"]
+        self.note(f"{path} is damaged or of another model: it is made again")
+        return None
+
+    def save(self, name: str, content: object, beside: Mapping[str, bytes] | None = None) -> None:
+        """Writes the JSON file last, so that what it vouches for is there."""
+        beside = beside or {}
+        for suffix, data in beside.items():
+            write(self.path(name, suffix), data)
+        sums = {suffix: sha256(data).hexdigest() for suffix, data in beside.items()}
+        held = {"key": self.key, "checksum": _checksum(content), "beside": sums, "content": content}
+        write(self.path(name, ".json"), json.dumps(held).encode())
+
+
+def opened(source: Source, options: Options, folder: Path, note: Note) -> Store:
+    """The part of the cache in `folder` that is of this question, made where it is not there.
+
+    Raises UnsupportedError for forms that no λ leads to, FactorpackError where the folder cannot be made.
+    """
+    if options.form == "vq" or options.solver == "projected-gradient":
+        raise UnsupportedError(
+            "there is no analysis of form vq and of projected gradients, which no λ leads to: "
+            "ask for a --size without --cache"
+        )
+    key = key_of(source, options)
+    part = folder / key[:16]
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FactorpackError(f"cannot make the folder {part}: {error.strerror}") from error
+    return Store(part, key, note)
+
+
+def _save_statistics(store: Store, statistics: Statistics) -> None:
+    tensors: dict[str, Tensor] = {f"fisher {name}": fisher for name, fisher in statistics.fisher.items()}
+    weights = {}
+    for name, seen in statistics.weights.items():
+        weights[name] = [seen.transposed, seen.embedding, seen.positions, seen.uses]
+        tensors[f"moments {name}"] = seen.moments
+        if seen.counts is not None:
+            tensors[f"counts {name}"] = seen.counts
+    samples = []
+    for place, ((name, batch, use), sample) in enumerate(statistics.samples.items()):
+        samples.append([name, batch, use, sample.scale])
+        tensors[f"chosen {place}"] = sample.chosen
+    content = {
+        "weights": weights,
+        "fisher": list(statistics.fisher),
+        "predictions": statistics.predictions,
+        "samples": samples,
+    }
+    # Clones: safetensors takes no two tensors of one memory.
+    data = save({name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                 for name, tensor in tensors.items()})  # fmt: skip
+    store.save("statistics", content, {".safetensors": data})
+
+
+def _load_statistics(store: Store) -> Statistics | None:
+    content = store.load("statistics")
+    if content is None:
+        return None
+    tensors = load_file(store.path("statistics", ".safetensors"))
+    weights = {
+        name: WeightStatistics(
+            tensors[f"moments {name}"], transposed, embedding, positions, uses, tensors.get(f"counts {name}")
+        )
+        for name, (transposed, embedding, positions, uses) in content["weights"].items()
+    }
+    samples = {
+        (name, batch, use): Sample(tensors[f"chosen {place}"], scale)
+        for place, (name, batch, use, scale) in enumerate(content["samples"])
+    }
+    fisher = {name: tensors[f"fisher {name}"] for name in content["fisher"]}
+    return Statistics(weights, fisher, content["predictions"], samples)
+
+
+def cached_state(store: Store, source: Source, options: Options, progress: Progress) -> State:
+    """The state of `source`; its statistics come from the cache, and go there."""
+
+    def keep(take: Callable[[], Statistics]) -> Statistics:
+        found = _load_statistics(store)
+        if found is None:
+            found = take()
+            _save_statistics(store, found)
+        return found
+
+    with one_thread():
+        return source.state(options, progress, keep)
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """A state and the rungs that were found for it: files of any size without a search over λ."""
+
+    store: Store
+    state: State
+    options: Options
+    rungs: tuple[Rung, ...]
+
+    def pack(self, size_bytes: int, progress: Progress) -> Packed:
+        """The file of at most `size_bytes`. Raises BudgetError where that cannot be met."""
+        with one_thread():
+            return pack(self.state, size_bytes, self.options, progress, self.rungs)
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """The smallest and the largest size, in bytes, that lie between rungs."""
+        sizes = [step.size_bytes for step in self.rungs]
+        # A little within: a search aims a bit below the size that it is given.
+        return int(1.01 * min(sizes)), int(0.995 * max(sizes))
+
+
+def _save_rung(store: Store, name: str, found: Rung, needed: Sequence[str]) -> None:
+    layers = {layer: [c.form, c.loss, c.size_bytes, c.rate] for layer, c in found.layers.items()}
+    content = {"rate": found.rate, "size_bytes": found.size_bytes, "layers": layers}
+    weights = {layer: found.layers[layer].make() for layer in needed}
+    data = to_bytes(Contents(weights, dict.fromkeys(weights, "float32"), {})) if weights else None
+    store.save(name, content, {} if data is None else {".fpk": data})
+
+
+def analyse(source: Source, options: Options, folder: Path, progress: Progress, note: Note) -> Analysis:
+    """The analysis of `source`, from the cache in `folder` as far as it is there; what is made anew is put there.
+
+    Candidates come from the cache even where they were just made, so that a first run gives the bytes of a second.
+    """
+    store = opened(source, options, folder, note)
+    state = cached_state(store, source, options, progress)
+    if not state.layers:
+        raise UnsupportedError("there are no weights to analyse: every tensor is small or kept exactly")
+    met = frozenset[str]() if state.prefix is None else state.prefix.names
+    # Weights behind the prefix are solved anew for every file: of these the outline is enough.
+    needed = [name for name in state.layers if name not in met]
+
+    @lru_cache(maxsize=RUNGS_HELD)
+    def weights_of(name: str) -> Mapping[str, Any]:
+        return read(store.path(name, ".fpk"))[0].tensors
+
+    def held(name: str, layer: str) -> FactoredWeight:
+        weight = weights_of(name)[layer]
+        assert isinstance(weight, FactoredWeight)
+        return weight
+
+    def candidate(name: str, layer: str, form: str, loss: float, size_bytes: float, rate: float) -> Candidate:
+        make = partial(held, name, layer) if layer in needed else partial(resolved, state, layer, form, rate)
+        return Candidate(form, loss, size_bytes, rate, make)
+
+    with one_thread():
+        rates = store.load("rates")
+        if rates is None:
+            rates = rates_of(state)
+            store.save("rates", rates)
+        rungs = []
+        for place, rate in enumerate(rates):
+            progress("analysis", place, len(rates))
+            name = f"rung-{place:02}"
+            content = store.load(name)
+            if content is None:
+                _save_rung(store, name, rung(state, rate, options, progress), needed)
+                content = store.load(name)
+            layers = {layer: candidate(name, layer, *content["layers"][layer]) for layer in state.layers}
+            rungs.append(Rung(content["rate"], content["size_bytes"], layers))
+        progress("analysis", len(rates), len(rates))
+    return Analysis(store, state, options, tuple(rungs))
