@@ -266,10 +266,26 @@ def test_rows_do_not_meet() -> None:
     assert torch.equal(together[:, 4:5], round_paths(target[:, 4:5], feedback, 8))
 
 
-def test_a_price_takes_one_path() -> None:
-    target, moments = 3 * rand(1, 8, 12), correlated(1, 12)
-    feedback, paid = Feedback(moments, paths=8), price(8, 12, 0.2)
-    assert torch.equal(rounded(target, feedback, paid), round_columns(target, feedback, paid))
+def test_paths_with_a_price_are_cheaper_in_all_than_one() -> None:
+    """By Σ (e·U⁻¹)² + rate·residual·bits, each row with its own rate and each entry in its context."""
+    found = {1: 0.0, 8: 0.0}
+    for seed in range(10):
+        target, moments = 3 * rand(1, 8, 12, seed=seed), correlated(1, 12)
+        paid, feedback = price(8, 12, 0.2), Feedback(moments)
+        contexts = (paid.row_classes[:, None] + paid.column_classes).clamp_max(len(paid.bits) - 1)
+        reach = paid.bits.shape[1] // 2
+        for paths in found:
+            codes = round_paths(target, feedback, paths, paid)[0]
+            bits = paid.bits[contexts, codes.clamp(-reach, reach).long() + reach]
+            errors = torch.linalg.solve_triangular(
+                feedback.factor[0], (target[0] - codes)[:, feedback.order], upper=True, left=False
+            )
+            found[paths] += float(errors.square().sum() + (feedback.residual * paid.rate[:, None] * bits).sum())
+    assert found[8] < 0.99 * found[1]
+
+
+def test_paths_are_those_that_the_feedback_asks_for() -> None:
+    target, feedback = 3 * rand(1, 8, 12), Feedback(correlated(1, 12), paths=8)
     assert torch.equal(rounded(target, feedback), round_paths(target, feedback, 8))
     assert not torch.equal(rounded(target, feedback), round_columns(target, feedback))
 

@@ -148,19 +148,28 @@ def round_columns(
     return codes.mT[..., torch.argsort(feedback.order)]
 
 
-def round_paths(target: Float[Tensor, "g r n"], feedback: Feedback, paths: int) -> Float[Tensor, "g r n"]:
-    """Integers near `target`, as `round_columns` without a price, with `paths` survivors a row instead of one.
+def round_paths(
+    target: Float[Tensor, "g r n"], feedback: Feedback, paths: int, price: Price | None = None
+) -> Float[Tensor, "g r n"]:
+    """Integers near `target`, as `round_columns`, with `paths` survivors a row instead of one.
 
     Each survivor tries the two integers nearest to its own target and keeps what it has fed back; the `paths` cheapest
-    by Σ e²/U_jj² go on (the M-algorithm: Anderson & Mohan 1984). At the end of a block a row settles on its best.
+    by Σ e²/U_jj², and `rate·bits` where there is a price, go on (the M-algorithm: Anderson & Mohan 1984). At the end of
+    a block a row settles on its best.
     """
     if paths == 1 or not feedback.coupled:
-        return round_columns(target, feedback)
+        return round_columns(target, feedback, price)
     x = target[..., feedback.order].mT.contiguous()
     groups, inputs, rows = x.shape
     factor = feedback.factor
     inverse = factor.diagonal(dim1=-2, dim2=-1).reciprocal()
     codes = torch.empty_like(x)
+    if price is not None:
+        reach, last = price.bits.shape[1] // 2, price.bits.shape[0] - 1
+        row_classes = price.row_classes.reshape(groups, 1, rows)
+        column_classes = price.column_classes[feedback.order].tolist()
+        # In the metric's unit: what an error of one step costs at the mean residual power.
+        rates, bits = price.rate.reshape(groups, 1, rows) * feedback.residual, price.bits.reshape(-1)
     for start in range(0, inputs, BLOCK):
         stop = min(start + BLOCK, inputs)
         width = stop - start
@@ -173,7 +182,12 @@ def round_paths(target: Float[Tensor, "g r n"], feedback: Feedback, paths: int) 
             near = torch.round(column)
             tried = torch.cat((near, near + torch.where(column < near, -1.0, 1.0)), 1).clamp_(-CODE_LIMIT, CODE_LIMIT)
             error = (column.repeat(1, 2, 1) - tried) * inverse[:, start + j, None, None]
-            metric, kept = (metric.repeat(1, 2, 1) + error.square()).topk(paths, dim=1, largest=False)
+            cost = metric.repeat(1, 2, 1) + error.square()
+            if price is not None:
+                contexts = (row_classes + column_classes[start + j]).clamp_max(last)
+                places = contexts * price.bits.shape[1] + reach + tried.clamp(-reach, reach).long()
+                cost += rates * bits[places]
+            metric, kept = cost.topk(paths, dim=1, largest=False)
             parent = kept % paths
             tried, error = tried.gather(1, kept), error.gather(1, kept)
             steps.append((tried, error, parent))
@@ -192,8 +206,8 @@ def round_paths(target: Float[Tensor, "g r n"], feedback: Feedback, paths: int) 
 
 
 def rounded(target: Float[Tensor, "g r n"], feedback: Feedback, price: Price | None = None) -> Float[Tensor, "g r n"]:
-    """Integers near `target`: the best of some paths, or, where symbols have a price, one path of cheapest choices."""
-    return round_paths(target, feedback, feedback.paths) if price is None else round_columns(target, feedback, price)
+    """Integers near `target`, the best of as many paths as `feedback` says."""
+    return round_paths(target, feedback, feedback.paths, price)
 
 
 def round_tiles(
