@@ -9,7 +9,6 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from factorpack.allocate import Point, allocate
 from factorpack.coding import plan_integers
@@ -17,6 +16,7 @@ from factorpack.coding.records import encode_weight, predicted_bits, predicted_v
 from factorpack.container import Contents, to_bytes
 from factorpack.errors import BudgetError, MismatchError, UnsupportedError
 from factorpack.factors import IDENTITY_GRID, Basis, Codes, FactoredVector, FactoredWeight
+from factorpack.nn.prefix import Met
 from factorpack.nn.state import State
 from factorpack.plan import FORMS, LayerPlan, ModelPlan
 from factorpack.solve.layer import Layer
@@ -34,10 +34,13 @@ of single entries does not show (docs/log.md)."""
 SEARCHES = 14
 WALKS = 4
 WALK_TOLERANCE = 0.03
+CLOSINGS = 4
 COARSEST_BITS, FINEST_BITS = 0.5, 6
 """Bits a weight that an analysis reaches to."""
 ELASTICITY = 1 / 3
 """−∂ log bytes / ∂ log λ, about: from 1 to 2.5 bits a weight measured as 0.3 to 0.4 (docs/log.md)."""
+LEARNING = 0.05
+"""A walk learns from the layers behind it how large those before it will be; that part of all is taken as expected."""
 STEERING = 1.3
 """By so much at most does a walk leave its λ to meet its bytes."""
 FILLINGS = 8
@@ -147,6 +150,8 @@ class _Search:
     records: WeakKeyDictionary[Candidate, bytes] = field(default_factory=WeakKeyDictionary)
     settled: set[str] = field(default_factory=set)
     """Layers that no λ changes any more."""
+    learned: dict[str, float] = field(default_factory=dict)
+    """By how much the last walk's layers were larger than what their candidates led to expect."""
 
     def __post_init__(self) -> None:
         self.found = {name: [] for name in self.state.layers}
@@ -212,37 +217,58 @@ class _Search:
             chosen[name] = replace(_cheapest(self.found[name], rate), make=partial(_same, weight))
         # The form that wins without the prefix wins with it: the weight hardly changes.
         forms = {name: _cheapest(self.found[name], rate).form for name in self.met}
-        expected = {name: _size_at(self.found[name], rate) for name in self.met}
+        expected = {name: self.learned.get(name, 1.0) * _size_at(self.found[name], rate) for name in self.met}
 
-        def decide(name: str) -> tuple[str, float]:
+        def planned(name: str) -> float:
+            return expected[name] * math.pow(rate / chosen[name].rate, ELASTICITY)
+
+        def steered() -> float:
+            behind = [other for other in expected if other in chosen]
+            trust = LEARNING * sum(expected.values())
+            surprise = (trust + sum(chosen[other].size_bytes for other in behind)) / (trust + sum(map(planned, behind)))
             left = room - sum(candidate.size_bytes for candidate in chosen.values())
-            due = sum(size for other, size in expected.items() if other not in chosen)
-            ratio = (due / max(left, 1e-9)) ** (1 / ELASTICITY)
-            return forms[name], rate * min(max(ratio, 1 / STEERING), STEERING)
+            due = surprise * sum(size for other, size in expected.items() if other not in chosen)
+            ratio = math.pow(due / max(left, 1e-9), 1 / ELASTICITY)
+            return rate * min(max(ratio, 1 / STEERING), STEERING)
 
-        return self._behind(rate, chosen, decide)
+        def solved(name: str, layer: Layer) -> Candidate:
+            solve = self._reachable(layer)[forms[name]]
+            found = self._at(solve, layer, steered())
+            if len(chosen) == len(self.state.layers) - 1:
+                # Nothing comes after it: the last layer is asked again until it fills what is left.
+                left = room - sum(candidate.size_bytes for candidate in chosen.values())
+                for _ in range(CLOSINGS):
+                    if left <= 0 or abs(found.size_bytes - left) <= room * TOLERANCE / 2:
+                        break
+                    ratio = math.pow(found.size_bytes / left, 1 / ELASTICITY)
+                    found = self._at(solve, layer, found.rate * min(max(ratio, 1 / STEERING), STEERING))
+            return found
+
+        found = self._behind(rate, chosen, solved)
+        for name in expected:
+            self.learned[name] = self.learned.get(name, 1.0) * found[name].size_bytes / max(planned(name), 1e-9)
+        return found
 
     def follow(self, plan: ModelPlan) -> dict[str, Candidate]:
         """Every layer in the form and at the λ of a plan."""
 
-        def decide(name: str) -> tuple[str, float]:
-            return plan.layers[name].form, plan.layers[name].rate
+        def solved(name: str, layer: Layer) -> Candidate:
+            decided = plan.layers[name]
+            return self._at(self._reachable(layer)[decided.form], layer, decided.rate)
 
         alone = [name for name in self.state.layers if not plan.behind_prefix or name not in self.met]
-        return self._behind(plan.rate, {name: self._decided(name, decide) for name in alone}, decide)
+        return self._behind(plan.rate, {name: solved(name, self.state.layers[name]) for name in alone}, solved)
 
-    def _decided(self, name: str, decide: Callable[[str], tuple[str, float]]) -> Candidate:
-        """A layer by itself."""
-        form, rate = decide(name)
-        layer = self.state.layers[name]
-        return _candidate(layer, self._reachable(layer)[form](rate), rate)
+    @staticmethod
+    def _at(solve: Callable[[float], FactoredWeight], layer: Layer, rate: float) -> Candidate:
+        return _candidate(layer, solve(rate), rate)
 
     def _behind(
-        self, rate: float, chosen: dict[str, Candidate], decide: Callable[[str], tuple[str, float]]
+        self, rate: float, chosen: dict[str, Candidate], solved: Callable[[str, Layer], Candidate]
     ) -> dict[str, Candidate]:
         """Adds to `chosen` all other layers in the network's order, each on the inputs that those before it leave.
 
-        `decide` gives form and λ of a layer when its turn comes; small tensors are at λ = `rate`.
+        `solved` makes a layer's candidate when its turn comes; small tensors are at λ = `rate`.
         """
         prefix, layers = self.state.prefix, self.state.layers
         if prefix is not None and not self.met <= chosen.keys():
@@ -250,17 +276,14 @@ class _Search:
             placed |= {name: candidate.make().tensor() for name, candidate in chosen.items()}
             alone = len(chosen)
 
-            def solve(name: str, moments: Tensor, drift: Tensor) -> np.ndarray:
+            def solve(name: str, met: Met) -> np.ndarray:
                 self.progress("rounding behind the prefix", len(chosen) - alone, len(self.met))
-                form, here = decide(name)
-                layer = layers[name].behind(moments, drift)
-                weight = self._reachable(layer)[form](here)
-                chosen[name] = _candidate(layer, weight, here)
-                return weight.tensor()
+                chosen[name] = solved(name, layers[name].behind(met.moments, met.drift, met.positions))
+                return chosen[name].make().tensor()
 
             prefix.walk(self.met, placed, solve)
             self.progress("rounding behind the prefix", len(self.met), len(self.met))
-        return {name: chosen.get(name) or self._decided(name, decide) for name in layers}
+        return {name: chosen.get(name) or solved(name, layer) for name, layer in layers.items()}
 
     def _reachable(self, layer: Layer) -> dict[str, Callable[[float], FactoredWeight]]:
         """How this layer is solved at a λ, by form."""
@@ -385,7 +408,8 @@ def pack(state: State, size_bytes: int, options: Options, progress: Progress, ru
             search.found[name].append(candidate)
     bracket = _between(rungs, goal) or _bracket(search, _first_rate(state, size_bytes), goal)
     if search.met and (found := _walked(search, bracket, size_bytes)) is not None:
-        return Packed(found[0], _plan(found[1], bracket.nearest[0], options.seed, len(found[0]), behind_prefix=True))
+        data, chosen, rate = found
+        return Packed(data, _plan(chosen, rate, options.seed, len(data), behind_prefix=True))
     best = bracket.below or bracket.above
     assert best is not None
     try:
@@ -456,20 +480,26 @@ def _bracket(search: _Search, rate: float, goal: float) -> _Bracket:
     return _Bracket(above, below, nearest)
 
 
-def _walked(search: _Search, bracket: _Bracket, size_bytes: int) -> tuple[bytes, dict[str, Candidate]] | None:
-    """The largest file within `size_bytes` of at most `WALKS` walks; None where none of them fits."""
-    rate = bracket.nearest[0]
-    small = search.vectors(rate)
-    room = size_bytes * (1 - TOLERANCE / 2) - len(search._written({}, small))
-    best: tuple[bytes, dict[str, Candidate]] | None = None
+def _walked(search: _Search, bracket: _Bracket, size_bytes: int) -> tuple[bytes, dict[str, Candidate], float] | None:
+    """The largest file within `size_bytes` of at most `WALKS` walks, its layers and the λ of its small tensors.
+
+    None where none of them fits.
+    """
+    rate, unforeseen = bracket.nearest[0], 0.0
+    goal = size_bytes * (1 - TOLERANCE / 2)
+    best: tuple[bytes, dict[str, Candidate], float] | None = None
     for _ in range(WALKS):
-        chosen = search.walk(rate, room)
+        small = search.vectors(rate)
+        room = goal - search.overhead(rate) - predicted_vector_bits(list(small.values())) / 8
+        chosen = search.walk(rate, room - unforeseen)
         data = search._written(chosen, small)
         if len(data) <= size_bytes and (best is None or len(data) > len(best[0])):
-            best = data, chosen
+            best = data, chosen, rate
         if size_bytes * (1 - 1.5 * TOLERANCE) <= len(data) <= size_bytes:
             break
-        room += size_bytes * (1 - TOLERANCE / 2) - len(data)
+        # Records take other bytes than predicted, by little.
+        unforeseen = room - goal + len(data) - sum(candidate.size_bytes for candidate in chosen.values())
+        rate = float(np.median([chosen[name].rate for name in search.met]))
     return best
 
 

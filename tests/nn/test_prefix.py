@@ -40,8 +40,8 @@ def walked(prefix: Prefix, change: Callable[[np.ndarray], np.ndarray] = coarse, 
     """What a walk brought: names, moments and drifts in their order."""
     tensors, met = dict(prefix.model.named_parameters()), []
 
-    def solve(name: str, moments: Tensor, drift: Tensor) -> np.ndarray:
-        met.append((name, moments, drift))
+    def solve(name: str, found: prefix_module.Met) -> np.ndarray:
+        met.append((name, found.moments, found.drift))
         return change(tensors[name].detach().float().numpy())
 
     prefix.walk(prefix.names if names is None else names, {}, solve)
@@ -195,8 +195,8 @@ def test_what_is_placed_is_part_of_the_prefix() -> None:
     model, batches = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), [rand(9, 6)]
     prefix, met = of(model, batches), []
 
-    def solve(name: str, moments: Tensor, drift: Tensor) -> np.ndarray:
-        met.append((name, moments, drift))
+    def solve(name: str, found: prefix_module.Met) -> np.ndarray:
+        met.append((name, found.moments, found.drift))
         return model[2].weight.detach().numpy()
 
     placed = {"0.weight": coarse(model[0].weight.detach().numpy()), "0.bias": np.zeros(8, np.float32)}
@@ -223,12 +223,16 @@ def test_making_up_for_the_prefix_lowers_the_error_of_the_output() -> None:
         found = copy_of(model)
         places = dict(found.named_parameters())
 
-        def solve(name: str, moments: Tensor, drift: Tensor) -> np.ndarray:
+        def solve(name: str, met: prefix_module.Met) -> np.ndarray:
             weight = tensors[name].detach().numpy()
             if name == "0.weight":
                 weight = coarse(weight)
             elif made_up:
-                weight = Layer(name, weight, Tiling(weight.shape), Metric(), False).behind(moments, drift).tensor
+                weight = (
+                    Layer(name, weight, Tiling(weight.shape), Metric(), False)
+                    .behind(met.moments, met.drift, met.positions)
+                    .tensor
+                )
             places[name].data.copy_(torch.from_numpy(weight))
             return weight
 
@@ -379,7 +383,7 @@ def test_a_solver_that_fails_leaves_no_thread() -> None:
     before = threading.active_count()
     prefix = of(Failing(), [rand(2, 4), rand(3, 4)])
 
-    def solve(name: str, moments: Tensor, drift: Tensor) -> np.ndarray:
+    def solve(name: str, found: prefix_module.Met) -> np.ndarray:
         raise KeyError(name)
 
     with pytest.raises(KeyError, match="first.weight"):
@@ -433,7 +437,7 @@ def test_a_state_of_the_model_holds_what_a_walk_needs() -> None:
     layers = read_state(prefix.model.state_dict(keep_vars=True), prefix.model, prefix.statistics).layers
     assert prefix.names == set(layers)
     for name, moments, drift in walked(prefix):
-        behind = layers[name].behind(moments, drift)
+        behind = layers[name].behind(moments, drift, 1)
         assert behind.tensor.shape == layers[name].tensor.shape
 
 

@@ -383,7 +383,7 @@ def test_behind_a_prefix_a_layer_fits_what_the_original_gave(name: str, monkeypa
     before, now = inputs_of(groups, width)
     moments, drift = now.mT @ now / now.shape[1], (before - now).mT @ now / now.shape[1]
     monkeypatch.setattr(layer_module, "DRIFT_DAMPING", 1e-9)
-    found = which.behind(moments, drift)
+    found = which.behind(moments, drift, now.shape[1])
     blocks = which.tiling.matrix(which.tensor).reshape(groups, -1, width)
     expected = [
         np.linalg.lstsq(y.double().numpy(), x.double().numpy() @ block.T.astype(np.float64), rcond=None)[0].T
@@ -403,17 +403,17 @@ def test_without_drift_the_weight_is_the_same(name: str) -> None:
     which = BEHIND[name]
     _, now = inputs_of(which.tiling.groups, which.tiling.matrix_shape[1])
     moments = now.mT @ now / now.shape[1]
-    np.testing.assert_array_equal(which.behind(moments, torch.zeros_like(moments)).tensor, which.tensor)
+    np.testing.assert_array_equal(which.behind(moments, torch.zeros_like(moments), 100).tensor, which.tensor)
 
 
 def test_damping_keeps_a_thin_sample_from_moving_the_weight_far() -> None:
     which = layer((6, 40))
     before, now = inputs_of(1, 40, count=5)
     moments, drift = now.mT @ now / 5, (before - now).mT @ now / 5
-    found = which.behind(moments, drift).tensor
+    found = which.behind(moments, drift, 5).tensor
     assert np.isfinite(found).all()
     assert np.linalg.norm(found - which.tensor) < 2 * np.linalg.norm(which.tensor)
-    dead = which.behind(torch.zeros(1, 40, 40), torch.zeros(1, 40, 40))
+    dead = which.behind(torch.zeros(1, 40, 40), torch.zeros(1, 40, 40), 5)
     np.testing.assert_array_equal(dead.tensor, which.tensor)
 
 
@@ -421,7 +421,7 @@ def test_damping_keeps_a_thin_sample_from_moving_the_weight_far() -> None:
 def test_behind_a_prefix_rounding_follows_several_paths(form: str) -> None:
     which = LAYERS["linear"]
     moments = which.metric.moments
-    behind = which.behind(moments, torch.zeros_like(moments))
+    behind = which.behind(moments, torch.zeros_like(moments), 100)
     assert behind.problem.feedback.paths == PATHS > which.problem.feedback.paths == 1
     assert behind.loss(solved(form, behind, 1e-2)) < which.loss(solved(form, which, 1e-2))
 

@@ -37,8 +37,21 @@ from factorpack.nn.uses import Convolution, Dense, Names
 ROWS_PER_INPUT = 64
 """So many positions an input enter a walk's moments, of all batches together."""
 
-Solve = Callable[[str, Float[Tensor, "g n n"], Float[Tensor, "g n n"]], np.ndarray]
-"""A weight's name, E[x̂ x̂ᵀ] and E[(x − x̂) x̂ᵀ] to the tensor that is put in its place."""
+
+@dataclass(frozen=True, eq=False)
+class Met:
+    """What a weight meets behind a compressed prefix: `moments` E[x̂ x̂ᵀ] and `drift` E[(x − x̂) x̂ᵀ] (g, n, n).
+
+    Both are means over `positions`.
+    """
+
+    moments: Float[Tensor, "g n n"]
+    drift: Float[Tensor, "g n n"]
+    positions: int
+
+
+Solve = Callable[[str, Met], np.ndarray]
+"""A weight's name and what it meets to the tensor that is put in its place."""
 
 
 class _Stopped(BaseException):
@@ -195,25 +208,24 @@ class Prefix:
                 met = None if name in solved else self._met(pool, name, there)
                 if met is not None:
                     solved.add(name)
-                    tensors[name].data.copy_(torch.from_numpy(solve(name, *met)))
+                    tensors[name].data.copy_(torch.from_numpy(solve(name, met)))
                 _advance(pool, [run for run in (*originals, *follows) if run.use and run.use.name == name])
 
-    def _met(
-        self, pool: ThreadPoolExecutor, name: str, there: Sequence[tuple[int, tuple[_Run, _Run]]]
-    ) -> tuple[Tensor, Tensor] | None:
+    def _met(self, pool: ThreadPoolExecutor, name: str, there: Sequence[tuple[int, tuple[_Run, _Run]]]) -> Met | None:
         """Means over the positions that entered the statistics; None where there are none."""
         seen = self.statistics.weights[name].moments
-        moments, drift, total = torch.zeros_like(seen), torch.zeros_like(seen), 0.0
+        moments, drift, total, positions = torch.zeros_like(seen), torch.zeros_like(seen), 0.0, 0
         # Batch by batch in any order, added up in theirs: the sums do not depend on the number of threads.
         for part in pool.map(lambda at: self._part(name, *at), there):
             if part is not None:
                 moments += part[0]
                 drift += part[1]
                 total += part[2]
-        return (moments / total, drift / total) if total else None
+                positions += part[3]
+        return Met(moments / total, drift / total, positions) if total else None
 
-    def _part(self, name: str, at: int, pair: tuple[_Run, _Run]) -> tuple[Tensor, Tensor, float] | None:
-        """What one batch adds to Σ x̂ x̂ᵀ and Σ (x − x̂) x̂ᵀ, and the positions that it stands for."""
+    def _part(self, name: str, at: int, pair: tuple[_Run, _Run]) -> tuple[Tensor, Tensor, float, int] | None:
+        """What one batch adds to Σ x̂ x̂ᵀ and Σ (x − x̂) x̂ᵀ, the positions that it stands for, and those it is of."""
         sample = self.statistics.samples.get((name, at, 0))
         if sample is None or not len(sample.chosen):
             return None
@@ -225,7 +237,7 @@ class Prefix:
             chosen = chosen[order[:most]]
         scale = sample.scale * len(sample.chosen) / len(chosen)
         before, now = (_rows(run, chosen) for run in pair)
-        return scale * (now.mT @ now), scale * ((before - now).mT @ now), scale * len(chosen)
+        return scale * (now.mT @ now), scale * ((before - now).mT @ now), scale * len(chosen), len(chosen)
 
 
 def _advance(pool: ThreadPoolExecutor, runs: Sequence[_Run]) -> None:

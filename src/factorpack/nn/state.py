@@ -106,11 +106,12 @@ def lookup_weights(weights: Tensor, counts: Tensor) -> Tensor:
     """What an error of each row (m,) counts, from `weights` (m,) measured where `counts` (m,) look-ups met it.
 
     Rows that were met once tell of those that were not (Good 1953: as much falls to all unseen ones together as fell
-    to these), here among rows whose places are near. What was met seldom is moved towards the mean of these as well.
+    to these), here among rows whose places are near. A row that was met keeps its weight a look-up, moved towards the
+    mean of these as by one look-up more, times its look-ups less a part of one, the same for all (absolute
+    discounting: Ney, Essen & Kneser 1994), so that what falls to unseen rows is taken from these.
     """
     once, unseen = counts == 1, counts == 0
     mean = weights[once].mean() if bool(once.any()) else weights.sum() / counts.sum().clamp_min(1)
-    own = (weights + mean) * (counts / (counts + 1))
 
     def nearby(values: Tensor) -> Tensor:
         sums = torch.cat([values.new_zeros(1), values.double().cumsum(0)])
@@ -119,8 +120,11 @@ def lookup_weights(weights: Tensor, counts: Tensor) -> Tensor:
         return sums[(places + half).clamp_max(len(values))] - sums[(places - half).clamp_min(0)]
 
     # Among few unseen rows the share of each would be noise: twenty at least are taken to share it.
-    shared = nearby(weights.double() * once) / nearby(unseen.double()).clamp_min(NEIGHBOURS / 50)
-    return torch.where(unseen, UNSEEN_WEIGHT * shared.to(weights.dtype), own)
+    shared = (nearby(weights.double() * once) / nearby(unseen.double()).clamp_min(NEIGHBOURS / 50)).to(weights.dtype)
+    look_up = (weights + mean) / (counts + 1)
+    # One look-up more in the sum: of a single row that was met once half is left, not nothing.
+    discount = shared[unseen].sum() / (look_up[~unseen].sum() + mean).clamp_min(1e-30)
+    return torch.where(unseen, UNSEEN_WEIGHT * shared, look_up * (counts - discount).clamp_min(0))
 
 
 def _metric(tiling: Tiling, seen: WeightStatistics | None, fisher: Tensor) -> Metric:

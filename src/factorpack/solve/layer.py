@@ -39,8 +39,9 @@ behind a prefix, where later layers make up for that, 0.3 gains on transformers 
 (docs/log.md)."""
 PATHS = 8
 """Survivors of layers behind a prefix: 2 save 0.01 to 0.13 bit a weight at equal distortion, 8 save 0.02 to 0.19."""
-DRIFT_DAMPING = 0.01
-"""Share of the mean input power added to every input's where a layer makes up for its prefix."""
+DRIFT_DAMPING = 2.0
+"""Where a layer makes up for its prefix: share of the mean input power added to every input's, at as many positions
+as there are inputs: of n inputs and P positions a share n/P of what is made up for is chance (docs/log.md)."""
 STEP_POWER = 0.75
 """Steps of rows that are looked up go with their weight to minus half that power: 1 would be the optimum for a loss
 that stays quadratic, but errors of the coarsest rows cost more than that (docs/log.md)."""
@@ -114,14 +115,15 @@ class Layer:
         rows = self.scaled.metric.row_weights
         return torch.ones(self.tiling.matrix_shape[0]) if rows is None else rows
 
-    def behind(self, moments: Float[Tensor, "g n n"], drift: Float[Tensor, "g n n"]) -> "Layer":
-        """The layer on inputs x̂ of a compressed prefix: `moments` E[x̂ x̂ᵀ], `drift` E[(x − x̂) x̂ᵀ].
+    def behind(self, moments: Float[Tensor, "g n n"], drift: Float[Tensor, "g n n"], positions: int) -> "Layer":
+        """The layer on inputs x̂ of a compressed prefix: `moments` E[x̂ x̂ᵀ], `drift` E[(x − x̂) x̂ᵀ] of `positions`.
 
         Its weight is the one that makes up best for what the prefix changed: W + W·drift·moments⁻¹.
         """
         matrix = torch.from_numpy(self.tiling.matrix(self.tensor))
         blocks = matrix.double().reshape(len(moments), -1, matrix.shape[1])
-        moved = blocks + torch.linalg.solve(damped(moments, DRIFT_DAMPING), drift.double().mT @ blocks.mT).mT
+        damping = DRIFT_DAMPING * moments.shape[-1] / positions
+        moved = blocks + torch.linalg.solve(damped(moments, damping), drift.double().mT @ blocks.mT).mT
         tensor = self.tiling.unmatrix(moved.reshape(matrix.shape).float().numpy())
         return Layer(self.name, tensor, self.tiling, Metric(moments, self.metric.row_weights), False, PATHS)
 
@@ -157,7 +159,7 @@ class Layer:
         return self._priced(
             lambda price: direct(self.scaled, self.tiling, step, price),
             pricer,
-            self.looked_up or self.problem.feedback.coupled,
+            self.looked_up or (self.paths > 1 and self.problem.feedback.coupled),
         ).with_steps(self.row_exponents)
 
     @cached_property
