@@ -4,8 +4,12 @@
 
 The parts:
   prefix          layers are solved on the inputs that the compressed layers before them leave
+  making-up       a layer makes up for what those before it changed
   paths           several survivors a row are followed while it is rounded
+  price           a rounding decision weighs its bits against its error
   taps            bases of kernels (form separable)
+  forms           forms compete: without, all is form direct
+  fisher          a layer's loss is its effect on the output: without, its output's relative error, alike for all
   row-steps       rows that are looked up have steps of their own
   lookup-weights  rows that were seldom looked up weigh by the estimate of Good and Turing, not by what was measured
   folding         batch norms are stored as two numbers a channel
@@ -29,6 +33,7 @@ from functools import partial
 from unittest.mock import patch
 
 import numpy as np
+import torch
 
 import factorpack.coding.grouping
 import factorpack.nn.state
@@ -36,24 +41,58 @@ import factorpack.solve.layer
 from factorpack.cli import parse_size
 from factorpack.curve import score
 from factorpack.errors import BudgetError
+from factorpack.nn.state import State
 from factorpack.pipeline import Source, finish, one_thread
 from factorpack.search import Options, pack
 from factorpack.solve.layer import Layer
+from factorpack.solve.objective import Metric
 from factorpack.task import Task, load_task
 
+LOST = 1e30
+"""Damping that leaves nothing to make up for."""
 PATCHES: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "paths": lambda: patch.object(factorpack.solve.layer, "PATHS", 1),
+    "making-up": lambda: patch.object(factorpack.solve.layer, "DRIFT_DAMPING", LOST),
+    "price": lambda: patch.object(factorpack.solve.layer, "RATE_SHARE", 0.0),
     "taps": lambda: patch.object(Layer, "has_taps", False),
     "row-steps": lambda: patch.object(factorpack.solve.layer, "STEP_POWER", 0.0),
     "lookup-weights": lambda: patch.object(factorpack.nn.state, "lookup_weights", lambda weights, _counts: weights),
     "contexts": lambda: patch.object(factorpack.coding.grouping, "MAX_CONTEXTS", 1),
 }
 """The writer's part of each alone: files are read as ever."""
-SINGLE = ("prefix", "paths", "taps", "row-steps", "lookup-weights", "folding", "contexts")
+SINGLE = (
+    "prefix",
+    "making-up",
+    "paths",
+    "price",
+    "taps",
+    "forms",
+    "fisher",
+    "row-steps",
+    "lookup-weights",
+    "folding",
+    "contexts",
+)
+
+
+def _relative(state: State) -> State:
+    """Every layer costs the same to lose, the mean of what they do cost; its rows weigh alike."""
+
+    def lost(layer: Layer, metric: Metric) -> float:
+        matrix = layer.problem.weight
+        return float((matrix * metric.apply(matrix)).sum())
+
+    mean = sum(lost(layer, layer.metric) for layer in state.layers.values()) / len(state.layers)
+    layers = {}
+    for name, layer in state.layers.items():
+        alike = Metric(layer.metric.moments, torch.ones(layer.tiling.matrix_shape[0]))
+        rows = torch.full_like(alike.row_weights, mean / max(lost(layer, alike), 1e-30))
+        layers[name] = replace(layer, metric=Metric(alike.moments, rows))
+    return replace(state, layers=layers)
 
 
 def measure(task: Task, sizes: list[int], without: tuple[str, ...]) -> list[dict]:
-    options = Options(keep_batch_norms="folding" in without)
+    options = Options(form="direct" if "forms" in without else "auto", keep_batch_norms="folding" in without)
     points = []
     with ExitStack() as stack:
         for part in without:
@@ -63,6 +102,8 @@ def measure(task: Task, sizes: list[int], without: tuple[str, ...]) -> list[dict
             state = Source(task.model(), task.calibration(), task.output).state(options)
         if "prefix" in without:
             state = replace(state, prefix=None)
+        if "fisher" in without:
+            state = _relative(state)
         for size in sizes:
             try:
                 with one_thread():
