@@ -16,10 +16,9 @@ from factorpack.coding.records import encode_weight, predicted_bits, predicted_v
 from factorpack.container import Contents, to_bytes
 from factorpack.errors import BudgetError, MismatchError, UnsupportedError
 from factorpack.factors import IDENTITY_GRID, Basis, Codes, FactoredVector, FactoredWeight
-from factorpack.nn.prefix import Met
 from factorpack.nn.state import State
 from factorpack.plan import FORMS, LayerPlan, ModelPlan
-from factorpack.solve.layer import Layer
+from factorpack.solve.layer import Layer, Met
 from factorpack.solve.projected_gradient import FORMS as DESCENT_FORMS
 from factorpack.solve.vectors import quantise
 from factorpack.tiling import Tiling
@@ -278,7 +277,7 @@ class _Search:
 
             def solve(name: str, met: Met) -> np.ndarray:
                 self.progress("rounding behind the prefix", len(chosen) - alone, len(self.met))
-                chosen[name] = solved(name, layers[name].behind(met.moments, met.drift, met.positions))
+                chosen[name] = solved(name, layers[name].behind(met))
                 return chosen[name].make().tensor()
 
             prefix.walk(self.met, placed, solve)

@@ -15,11 +15,11 @@ from factorpack.nn import prefix as prefix_module
 from factorpack.nn.prefix import Prefix, copy_of
 from factorpack.nn.state import read_state
 from factorpack.nn.statistics import Statistics, collect
-from factorpack.solve.layer import Layer
+from factorpack.solve.layer import Layer, Met
 from factorpack.solve.objective import Metric
 from factorpack.tiling import Tiling
 
-Met = list[tuple[str, Tensor, Tensor]]
+Walked = list[tuple[str, Tensor, Tensor]]
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -40,7 +40,7 @@ def walked(prefix: Prefix, change: Callable[[np.ndarray], np.ndarray] = coarse, 
     """What a walk brought: names, moments and drifts in their order."""
     tensors, met = dict(prefix.model.named_parameters()), []
 
-    def solve(name: str, found: prefix_module.Met) -> np.ndarray:
+    def solve(name: str, found: Met) -> np.ndarray:
         met.append((name, found.moments, found.drift))
         return change(tensors[name].detach().float().numpy())
 
@@ -90,6 +90,31 @@ def grouped_rows(conv: nn.Conv2d, x: Tensor) -> list[Tensor]:
         )
         for part in x.chunk(conv.groups, 1)
     ]
+
+
+def test_halves_are_what_every_other_batch_brings() -> None:
+    model, batches = Images(), [rand(3, 2, 4, 4, seed=seed) for seed in range(3)]
+    tensors = dict(model.named_parameters())
+
+    def met_by(batches: list[Tensor]) -> dict[str, Met]:
+        prefix, found = of(model, batches), {}
+
+        def solve(name: str, met: Met) -> np.ndarray:
+            found[name] = met
+            return coarse(tensors[name].detach().numpy())
+
+        prefix.walk(prefix.names, {}, solve)
+        return found
+
+    alone = met_by(batches[::2]), met_by(batches[1::2])
+    for name, met in met_by(batches).items():
+        assert len(met.halves) == 2
+        assert met.positions == sum(half.positions for half in met.halves)
+        for half, expected in zip(met.halves, alone, strict=True):
+            assert half.positions == expected[name].positions
+            torch.testing.assert_close(half.moments, expected[name].moments)
+            torch.testing.assert_close(half.drift, expected[name].drift)
+    assert all(met.halves == () for met in alone[1].values())
 
 
 def test_convolutions_are_met_in_the_order_they_run_on_both_networks_inputs() -> None:
@@ -195,7 +220,7 @@ def test_what_is_placed_is_part_of_the_prefix() -> None:
     model, batches = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), [rand(9, 6)]
     prefix, met = of(model, batches), []
 
-    def solve(name: str, found: prefix_module.Met) -> np.ndarray:
+    def solve(name: str, found: Met) -> np.ndarray:
         met.append((name, found.moments, found.drift))
         return model[2].weight.detach().numpy()
 
@@ -223,16 +248,12 @@ def test_making_up_for_the_prefix_lowers_the_error_of_the_output() -> None:
         found = copy_of(model)
         places = dict(found.named_parameters())
 
-        def solve(name: str, met: prefix_module.Met) -> np.ndarray:
+        def solve(name: str, met: Met) -> np.ndarray:
             weight = tensors[name].detach().numpy()
             if name == "0.weight":
                 weight = coarse(weight)
             elif made_up:
-                weight = (
-                    Layer(name, weight, Tiling(weight.shape), Metric(), False)
-                    .behind(met.moments, met.drift, met.positions)
-                    .tensor
-                )
+                weight = Layer(name, weight, Tiling(weight.shape), Metric(), False).behind(met).tensor
             places[name].data.copy_(torch.from_numpy(weight))
             return weight
 
@@ -383,7 +404,7 @@ def test_a_solver_that_fails_leaves_no_thread() -> None:
     before = threading.active_count()
     prefix = of(Failing(), [rand(2, 4), rand(3, 4)])
 
-    def solve(name: str, found: prefix_module.Met) -> np.ndarray:
+    def solve(name: str, found: Met) -> np.ndarray:
         raise KeyError(name)
 
     with pytest.raises(KeyError, match="first.weight"):
@@ -437,7 +458,7 @@ def test_a_state_of_the_model_holds_what_a_walk_needs() -> None:
     layers = read_state(prefix.model.state_dict(keep_vars=True), prefix.model, prefix.statistics).layers
     assert prefix.names == set(layers)
     for name, moments, drift in walked(prefix):
-        behind = layers[name].behind(moments, drift, 1)
+        behind = layers[name].behind(Met(moments, drift, 1))
         assert behind.tensor.shape == layers[name].tensor.shape
 
 

@@ -1,5 +1,6 @@
 """Candidates of a layer: each form at a price, and what the price does to them."""
 
+from dataclasses import replace
 from itertools import islice, pairwise
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from factorpack.factors import Codes, FactoredWeight, OneHotCodes, steps_of
 from factorpack.solve import layer as layer_module
-from factorpack.solve.layer import FINEST, PATHS, STEP_GRAIN, STEP_POWER, Layer
+from factorpack.solve.layer import FINEST, PATHS, STEP_GRAIN, STEP_POWER, Layer, Met
 from factorpack.solve.objective import Metric, distortion
 from factorpack.tiling import Tiling
 
@@ -383,7 +384,7 @@ def test_behind_a_prefix_a_layer_fits_what_the_original_gave(name: str, monkeypa
     before, now = inputs_of(groups, width)
     moments, drift = now.mT @ now / now.shape[1], (before - now).mT @ now / now.shape[1]
     monkeypatch.setattr(layer_module, "DRIFT_DAMPING", 1e-9)
-    found = which.behind(moments, drift, now.shape[1])
+    found = which.behind(Met(moments, drift, now.shape[1]))
     blocks = which.tiling.matrix(which.tensor).reshape(groups, -1, width)
     expected = [
         np.linalg.lstsq(y.double().numpy(), x.double().numpy() @ block.T.astype(np.float64), rcond=None)[0].T
@@ -403,25 +404,60 @@ def test_without_drift_the_weight_is_the_same(name: str) -> None:
     which = BEHIND[name]
     _, now = inputs_of(which.tiling.groups, which.tiling.matrix_shape[1])
     moments = now.mT @ now / now.shape[1]
-    np.testing.assert_array_equal(which.behind(moments, torch.zeros_like(moments), 100).tensor, which.tensor)
+    np.testing.assert_array_equal(which.behind(Met(moments, torch.zeros_like(moments), 100)).tensor, which.tensor)
 
 
 def test_damping_keeps_a_thin_sample_from_moving_the_weight_far() -> None:
     which = layer((6, 40))
     before, now = inputs_of(1, 40, count=5)
     moments, drift = now.mT @ now / 5, (before - now).mT @ now / 5
-    found = which.behind(moments, drift, 5).tensor
+    found = which.behind(Met(moments, drift, 5)).tensor
     assert np.isfinite(found).all()
     assert np.linalg.norm(found - which.tensor) < 2 * np.linalg.norm(which.tensor)
-    dead = which.behind(torch.zeros(1, 40, 40), torch.zeros(1, 40, 40), 5)
+    dead = which.behind(Met(torch.zeros(1, 40, 40), torch.zeros(1, 40, 40), 5))
     np.testing.assert_array_equal(dead.tensor, which.tensor)
+
+
+def halved(before: torch.Tensor, now: torch.Tensor) -> Met:
+    """Inputs (g, P, n) of both networks as what is met, the even and the odd positions as its halves."""
+
+    def met(x: torch.Tensor, y: torch.Tensor, halves: tuple[Met, ...] = ()) -> Met:
+        count = y.shape[1]
+        return Met(y.mT @ y / count, (x - y).mT @ y / count, count, halves)
+
+    return met(before, now, tuple(met(before[:, at::2], now[:, at::2]) for at in range(2)))
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_halves_tell_how_much_to_make_up_for(name: str) -> None:
+    """Where the prefix has turned the inputs all is made up for; where it only added noise, hardly anything."""
+    which = BEHIND[name]
+    groups, width = which.tiling.groups, which.tiling.matrix_shape[1]
+    now = rand(groups, 4 * width, width)
+    turned = now + now @ (0.3 * rand(width, width, seed=1))
+    blocks = torch.from_numpy(which.tiling.matrix(which.tensor)).reshape(groups, -1, width)
+
+    def left(before: torch.Tensor, drift: torch.Tensor, met: Met) -> float:
+        """The error on other inputs, over that of a weight that makes up for nothing."""
+        found = torch.from_numpy(which.tiling.matrix(which.behind(met).tensor)).reshape(groups, -1, width)
+        error = (before + drift) @ blocks.mT - before @ found.mT
+        return float(error.square().sum() / (drift @ blocks.mT).square().sum())
+
+    fresh = rand(groups, 500, width, seed=2)
+    assert left(fresh, fresh @ (0.3 * rand(width, width, seed=1)), halved(turned, now)) < 0.01
+    moved = blindly = 0.0
+    for seed in range(3, 13):
+        noisy = halved(now + rand(groups, 4 * width, width, seed=seed), now)
+        moved += np.square(which.behind(noisy).tensor - which.tensor).sum()
+        blindly += np.square(which.behind(replace(noisy, halves=())).tensor - which.tensor).sum()
+    assert moved < 0.6 * blindly
 
 
 @pytest.mark.parametrize("form", ["direct", "sparse_pca", "svd"])
 def test_behind_a_prefix_rounding_follows_several_paths(form: str) -> None:
     which = LAYERS["linear"]
     moments = which.metric.moments
-    behind = which.behind(moments, torch.zeros_like(moments), 100)
+    behind = which.behind(Met(moments, torch.zeros_like(moments), 100))
     assert behind.problem.feedback.paths == PATHS > which.problem.feedback.paths == 1
     assert behind.loss(solved(form, behind, 1e-2)) < which.loss(solved(form, which, 1e-2))
 

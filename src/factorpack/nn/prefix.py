@@ -28,26 +28,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from factorpack._shapes import Float
 from factorpack.errors import TaskError, UnsupportedError
 from factorpack.nn.loading import identity
 from factorpack.nn.statistics import Statistics, call_model
 from factorpack.nn.uses import Convolution, Dense, Names
+from factorpack.solve.layer import Met
 
 ROWS_PER_INPUT = 64
 """So many positions an input enter a walk's moments, of all batches together."""
-
-
-@dataclass(frozen=True, eq=False)
-class Met:
-    """What a weight meets behind a compressed prefix: `moments` E[x̂ x̂ᵀ] and `drift` E[(x − x̂) x̂ᵀ] (g, n, n).
-
-    Both are means over `positions`.
-    """
-
-    moments: Float[Tensor, "g n n"]
-    drift: Float[Tensor, "g n n"]
-    positions: int
 
 
 Solve = Callable[[str, Met], np.ndarray]
@@ -214,15 +202,26 @@ class Prefix:
     def _met(self, pool: ThreadPoolExecutor, name: str, there: Sequence[tuple[int, tuple[_Run, _Run]]]) -> Met | None:
         """Means over the positions that entered the statistics; None where there are none."""
         seen = self.statistics.weights[name].moments
-        moments, drift, total, positions = torch.zeros_like(seen), torch.zeros_like(seen), 0.0, 0
+        sums = [(torch.zeros_like(seen), torch.zeros_like(seen)) for _ in range(2)]
+        totals, positions = [0.0, 0.0], [0, 0]
         # Batch by batch in any order, added up in theirs: the sums do not depend on the number of threads.
-        for part in pool.map(lambda at: self._part(name, *at), there):
-            if part is not None:
-                moments += part[0]
-                drift += part[1]
-                total += part[2]
-                positions += part[3]
-        return Met(moments / total, drift / total, positions) if total else None
+        parts = (part for part in pool.map(lambda at: self._part(name, *at), there) if part is not None)
+        for at, part in enumerate(parts):
+            half = at % 2
+            sums[half][0].add_(part[0])
+            sums[half][1].add_(part[1])
+            totals[half] += part[2]
+            positions[half] += part[3]
+        if not sum(totals):
+            return None
+        both = [(a + b) / sum(totals) for a, b in zip(*sums, strict=True)]
+        if not all(totals):
+            return Met(both[0], both[1], sum(positions))
+        halves = (
+            Met(moments / total, drift / total, count)
+            for (moments, drift), total, count in zip(sums, totals, positions, strict=True)
+        )
+        return Met(both[0], both[1], sum(positions), tuple(halves))
 
     def _part(self, name: str, at: int, pair: tuple[_Run, _Run]) -> tuple[Tensor, Tensor, float, int] | None:
         """What one batch adds to Σ x̂ x̂ᵀ and Σ (x − x̂) x̂ᵀ, the positions that it stands for, and those it is of."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from factorpack._shapes import Float, Float32, Int32
+from factorpack._shapes import Float, Float32, Float64, Int32
 from factorpack.factors import STEPS_PER_OCTAVE, Codes, FactoredWeight, kernel_of, steps_of
 from factorpack.solve.objective import Metric, distortion
 from factorpack.solve.projected_gradient import GradientSettings
@@ -42,6 +42,8 @@ PATHS = 8
 DRIFT_DAMPING = 2.0
 """Where a layer makes up for its prefix: share of the mean input power added to every input's, at as many positions
 as there are inputs: of n inputs and P positions a share n/P of what is made up for is chance (docs/log.md)."""
+DRIFT_DAMPINGS = tuple(2.0**octave for octave in range(-6, 8))
+"""What is tried in its place where batches can vouch for one another: the best is 0.3 to 130, by layer."""
 STEP_POWER = 0.75
 """Steps of rows that are looked up go with their weight to minus half that power: 1 would be the optimum for a loss
 that stays quadratic, but errors of the coarsest rows cost more than that (docs/log.md)."""
@@ -62,6 +64,19 @@ RANKS = (0.5, 1.0)
 
 Pricer = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
 """Integers (k, N) to the bits of −R..R in each context (K, 2R+1), row classes (k,) and column classes (N,)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Met:
+    """What a weight meets behind a compressed prefix: `moments` E[x̂ x̂ᵀ] and `drift` E[(x − x̂) x̂ᵀ] (g, n, n).
+
+    Both are means over `positions`. `halves` are the same of every other batch each; there are none of a single batch.
+    """
+
+    moments: Float[Tensor, "g n n"]
+    drift: Float[Tensor, "g n n"]
+    positions: int
+    halves: tuple["Met", ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,17 +130,37 @@ class Layer:
         rows = self.scaled.metric.row_weights
         return torch.ones(self.tiling.matrix_shape[0]) if rows is None else rows
 
-    def behind(self, moments: Float[Tensor, "g n n"], drift: Float[Tensor, "g n n"], positions: int) -> "Layer":
-        """The layer on inputs x̂ of a compressed prefix: `moments` E[x̂ x̂ᵀ], `drift` E[(x − x̂) x̂ᵀ] of `positions`.
+    def behind(self, met: Met) -> "Layer":
+        """The layer on inputs x̂ of a compressed prefix.
 
         Its weight is the one that makes up best for what the prefix changed: W + W·drift·moments⁻¹.
         """
         matrix = torch.from_numpy(self.tiling.matrix(self.tensor))
-        blocks = matrix.double().reshape(len(moments), -1, matrix.shape[1])
-        damping = DRIFT_DAMPING * moments.shape[-1] / positions
-        moved = blocks + torch.linalg.solve(damped(moments, damping), drift.double().mT @ blocks.mT).mT
+        blocks = matrix.double().reshape(len(met.moments), -1, matrix.shape[1])
+        damping = self._drift_damping(met, blocks)
+        moved = blocks + torch.linalg.solve(damped(met.moments, damping), met.drift.double().mT @ blocks.mT).mT
         tensor = self.tiling.unmatrix(moved.reshape(matrix.shape).float().numpy())
-        return Layer(self.name, tensor, self.tiling, Metric(moments, self.metric.row_weights), False, PATHS)
+        return Layer(self.name, tensor, self.tiling, Metric(met.moments, self.metric.row_weights), False, PATHS)
+
+    def _drift_damping(self, met: Met, blocks: Float64[Tensor, "g o n"]) -> float:
+        """The share for `damped`: with it what is made up for by one half of the batches does best on the other."""
+        # Of a single sample so many positions tell: of a half, half as much.
+        share = met.moments.shape[-1] / met.positions
+        if not met.halves:
+            return DRIFT_DAMPING * share
+        weights = torch.ones(1, 1, 1) if self.metric.row_weights is None else self.metric.row_weights
+        weights = weights.double().reshape(len(blocks) if weights.numel() > 1 else 1, -1, 1)
+        losses = np.zeros(len(DRIFT_DAMPINGS))
+        for fitted, other in (met.halves, met.halves[::-1]):
+            values, axes = torch.linalg.eigh(fitted.moments.double())
+            level = values.clamp_min(0).mean(1).clamp_min(1e-30)[:, None, None]
+            drift = blocks @ fitted.drift.double() @ axes
+            moments, aim = axes.mT @ other.moments.double() @ axes, blocks @ other.drift.double() @ axes
+            for at, damping in enumerate(DRIFT_DAMPINGS):
+                moved = drift / (values[:, None].clamp_min(0) + 2 * damping * share * level)
+                # ‖x·W − x̂·(W + M)‖² on the other half, less what M does not change.
+                losses[at] += float((weights * moved * (moved @ moments - 2 * aim)).sum())
+        return DRIFT_DAMPINGS[int(losses.argmin())] * share
 
     def loss(self, weight: FactoredWeight) -> float:
         """Half the distortion of `weight`."""
