@@ -2,7 +2,7 @@
 
     python bench/scaling.py --largest 16
 
-Stacks of k layers Linear(512, 512) and ReLU, k = 4, 8, 16, ...; k = 4 has about a million parameters. Each is
+Stacks of k layers Linear(512, 512) and ReLU, k = 3, 6, 12, ...; k = 384 has 101 million parameters. Each is
 compressed to 2 bits a weight in a process of its own, after a stack of one layer that warms it up. PyTorch has one
 thread, forwards behind the prefix as many as there are processors. CPU seconds are those of all threads; they mind
 other work on the machine less. Peak RSS is that of the whole process, PyTorch included. The last line is JSON;
@@ -23,10 +23,10 @@ from torch import nn
 import factorpack
 
 WIDTH = 512
-FIRST = 4
+FIRST = 3
 BITS = 2
 BATCHES, INPUTS = 4, 256
-MOST = 100
+MOST = 101
 """Millions of parameters."""
 
 
@@ -73,14 +73,14 @@ def counted(text: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--largest", type=counted, default=16, help="millions of parameters, 1 to 100; 16 without")
+    parser.add_argument("--largest", type=counted, default=16, help="millions of parameters, 1 to 101; 16 without")
     arguments = parser.parse_args()
     points, layers = [], FIRST
     print("parameters  seconds  CPU seconds  seconds/M  peak RSS, MB")
     # A process's peak never falls: each point has its own.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        while layers <= FIRST * arguments.largest:
+        while layers * WIDTH * (WIDTH + 1) <= 1e6 * arguments.largest:
             point = pool.submit(measure, layers).result()
             points.append(point)
             print(
