@@ -52,7 +52,7 @@ LOST = 1e30
 """Damping that leaves nothing to make up for."""
 PATCHES: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "paths": lambda: patch.object(factorpack.solve.layer, "PATHS", 1),
-    "making-up": lambda: patch.object(factorpack.solve.layer, "DRIFT_DAMPING", LOST),
+    "making-up": lambda: patch.object(factorpack.solve.layer, "DRIFT_DAMPINGS", (LOST,)),
     "price": lambda: patch.object(factorpack.solve.layer, "RATE_SHARE", 0.0),
     "taps": lambda: patch.object(Layer, "has_taps", False),
     "row-steps": lambda: patch.object(factorpack.solve.layer, "STEP_POWER", 0.0),

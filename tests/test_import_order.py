@@ -33,6 +33,7 @@ COMPOSITION = {
     "pipeline": {"cli", "curve", "cache"},
     "cache": {"cli", "curve"},
     "curve": {"cli"},
+    "finetune": {"cli"},
     "cli": set(),
     "__init__": {"cli"},
 }

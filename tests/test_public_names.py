@@ -10,7 +10,7 @@ import factorpack
 
 ERRORS = {"BudgetError", "FormatError", "MismatchError", "TaskError", "UnsupportedError"}
 NAMES = ERRORS | {"FactorpackError", "Options", "PackedModel", "Report", "compress", "load", "load_state_dict"}
-NAMES |= {"kept_dense", "resident_bytes"}
+NAMES |= {"TrainableModel", "kept_dense", "resident_bytes", "save", "trainable"}
 
 
 def test_the_names_are_these_and_each_is_there():

@@ -13,7 +13,9 @@ from factorpack.errors import (
 )
 
 if TYPE_CHECKING:
+    from factorpack.finetune import save, trainable
     from factorpack.nn.loading import kept_dense, resident_bytes
+    from factorpack.nn.trainable import TrainableModel
     from factorpack.pipeline import PackedModel, Report, compress, load, load_state_dict
     from factorpack.search import Options
 
@@ -27,23 +29,29 @@ __all__ = [
     "PackedModel",
     "Report",
     "TaskError",
+    "TrainableModel",
     "UnsupportedError",
     "compress",
     "kept_dense",
     "load",
     "load_state_dict",
     "resident_bytes",
+    "save",
+    "trainable",
 ]
 
 _HOMES = {
     "Options": "factorpack.search",
     "PackedModel": "factorpack.pipeline",
     "Report": "factorpack.pipeline",
+    "TrainableModel": "factorpack.nn.trainable",
     "compress": "factorpack.pipeline",
     "kept_dense": "factorpack.nn.loading",
     "load": "factorpack.pipeline",
     "load_state_dict": "factorpack.pipeline",
     "resident_bytes": "factorpack.nn.loading",
+    "save": "factorpack.finetune",
+    "trainable": "factorpack.finetune",
 }
 
 

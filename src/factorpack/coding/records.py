@@ -30,6 +30,7 @@ from math import prod
 
 import numpy as np
 
+from factorpack._shapes import Float32
 from factorpack.coding.reader import Reader, append_varint, append_zigzag
 from factorpack.coding.streams import (
     IntegerPlan,
@@ -99,6 +100,23 @@ def _parts(weight: FactoredWeight) -> list[bytes | IntegerPlan]:
     if isinstance(weight.codes, OneHotCodes):
         return [*parts, plan_integers(weight.codes.indices[None])]
     return [*parts, *_grid_parts(weight.codes.grid), plan_integers(weight.codes.integers)]
+
+
+def price_codes(weight: FactoredWeight, radius: int) -> tuple[Float32[np.ndarray, "K prices"], np.ndarray]:
+    """Bits of −radius..radius in each of K contexts, and the context (k, N) of each of the codes.
+
+    For codes of integers, not for one-hot ones.
+    """
+    codes = weight.codes
+    assert isinstance(codes, Codes)
+    integers = codes.integers
+    streamed = integers.T.reshape(weight.shape[0], -1) if weight.basis.factors else integers
+    prices = plan_integers(streamed).price(radius)
+    contexts = np.minimum(prices.rows[:, None] + prices.columns, len(prices.bits) - 1).astype(np.uint8)
+    contexts = np.broadcast_to(contexts, streamed.shape)
+    if weight.basis.factors:
+        contexts = contexts.reshape(integers.T.shape).T
+    return prices.bits, contexts
 
 
 def encode_weight(weight: FactoredWeight) -> bytes:

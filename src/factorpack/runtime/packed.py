@@ -84,7 +84,7 @@ class PackedWeight(nn.Module):
         return f"shape={self.tiling.shape}, rank={self.code_shape[0]}, dtype={self.dtype}"
 
     def _tensor(self) -> torch.Tensor:
-        return _untiled(self._gathered() if self.one_hot else self._product(), self.tiling)
+        return untiled(self._gathered() if self.one_hot else self._product(), self.tiling)
 
     def _gathered(self) -> torch.Tensor:
         assert self.basis is not None
@@ -164,7 +164,7 @@ def _product_dtype(weight: FactoredWeight) -> torch.dtype:
     return torch.float32 if operands <= EXACT_OPERAND else torch.float64
 
 
-def _untiled(tiles: torch.Tensor, tiling: Tiling) -> torch.Tensor:
+def untiled(tiles: torch.Tensor, tiling: Tiling) -> torch.Tensor:
     """`Tiling.untile` for torch: (d, N) to the tensor's own shape, contiguous."""
     if tiling.depth:
         tiles = tiles.T.reshape(-1)[: prod(tiling.shape)].reshape(tiling.matrix_shape)

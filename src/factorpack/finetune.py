@@ -1,0 +1,69 @@
+"""Composition: a compressed file as a network that can be trained, and back to a file."""
+
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from factorpack.coding.records import price_codes
+from factorpack.container import Contents, read, to_bytes, write
+from factorpack.errors import BudgetError
+from factorpack.nn.trainable import TrainableModel
+
+PRICED_RADIUS = 31
+"""Integers beyond cost what the outermost of these does."""
+LARGEST_THRESHOLD = 1.0
+"""In steps: codes below this part of a step may become zero to meet a size, at most."""
+BISECTIONS = 6
+
+
+def trainable(model: nn.Module, path: str | Path) -> TrainableModel:
+    """A file as a network that can be trained: latents in place of its integers, gradients straight through rounding.
+
+    `model` is of the same architecture; it becomes part of what is returned, and `save` writes that to a file again.
+    Raises FormatError for a damaged file, MismatchError for a file of another model.
+
+    >>> compressed = factorpack.trainable(build_model(), "model.fpk")
+    >>> optimizer = torch.optim.AdamW(compressed.parameters(), lr=0.01, weight_decay=0)
+    >>> loss(compressed(inputs), targets).backward()
+    >>> optimizer.step()
+    >>> factorpack.save(compressed, "trained.fpk")
+    """
+    contents, _ = read(Path(path))
+    pricer = partial(price_codes, radius=PRICED_RADIUS)
+    return TrainableModel(model, contents.tensors, contents.dtypes, contents.aliases, pricer)
+
+
+def to_file(model: TrainableModel, size: int | None = None) -> bytes:
+    """The bytes of the file of a model that was trained; see `save`."""
+
+    def written(threshold: float) -> bytes:
+        return to_bytes(Contents(model.factored(threshold), model.dtypes, model.aliases))
+
+    data = written(0.5)
+    if size is None or len(data) <= size:
+        return data
+    low, high = 0.5, LARGEST_THRESHOLD
+    data = written(high)
+    if len(data) > size:
+        raise BudgetError(
+            f"{size:,} bytes cannot be met: the trained model takes {len(data):,} bytes with all codes below one step "
+            f"left out; give bits() more weight in the loss, start from a smaller file, or ask for more"
+        )
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        tried = written(middle)
+        if len(tried) <= size:
+            data, high = tried, middle
+        else:
+            low = middle
+    return data
+
+
+def save(model: TrainableModel, path: str | Path, size: int | None = None) -> None:
+    """Writes a trained model as a file, complete or not at all; of at most `size` bytes where that is given.
+
+    The file decodes to the very tensors that the model computes with, where it need not be made smaller: for that,
+    codes that are nearest to zero are left out. Raises BudgetError where that is not enough.
+    """
+    write(Path(path), to_file(model, size))

@@ -1,0 +1,286 @@
+"""A compressed network that can be trained: latents, of which the factors at rest are the roundings.
+
+Letters: d rows along the basis, k rank, N tiles, K contexts.
+
+A latent u counts in the units that its integers had when training began. With o whole, one for all codes of a weight
+and learned too, it stands for round(u·2^(−o/64))·2^(o/64) of them. Gradients pass the rounding as if it were none (the
+straight-through estimator), so that the one of o comes from the rounding errors, as for learned steps (Esser et al.
+2020). Before training every latent is an integer, o is 0, and the factors are bit for bit those of the file.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import reduce
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from factorpack._shapes import Float, Float32, Float64, Integer
+from factorpack.factors import (
+    STEPS_PER_OCTAVE,
+    Basis,
+    Codes,
+    FactoredVector,
+    FactoredWeight,
+    Grid,
+    OneHotCodes,
+    steps_of,
+)
+from factorpack.nn.loading import Stored, place_dense
+from factorpack.runtime.packed import untiled
+
+LARGEST = 2**20
+"""No latent leaves ±2^20 units."""
+
+
+Pricer = Callable[[FactoredWeight], tuple[Float32[np.ndarray, "K prices"], Integer[np.ndarray, "k N"]]]
+"""Of a weight the bits of each integer −radius..radius in each context, and the context of each of its codes."""
+
+
+class _Rounded(torch.autograd.Function):
+    """u, o → round(u·2^(−o/64))·2^(o/64), o rounded first."""
+
+    @staticmethod
+    def forward(ctx: Any, latents: Tensor, octaves: Tensor) -> Tensor:
+        unit = _unit(octaves)
+        rounded = torch.round(latents / unit).mul_(unit)
+        ctx.save_for_backward(rounded - latents)
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        (error,) = ctx.saved_tensors
+        return gradient, math.log(2) * (gradient * error).sum()
+
+
+def _rounded(latents: Tensor, octaves: Tensor) -> Tensor:
+    found: Tensor = _Rounded.apply(latents, octaves)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Priced(torch.autograd.Function):
+    """u, o → bits of the integers, linear between them."""
+
+    @staticmethod
+    def forward(ctx: Any, latents: Tensor, octaves: Tensor, bits: Tensor, places: Tensor) -> Tensor:
+        """`places` (k, N): where the price of 0 is in the flat `bits`, for each latent."""
+        unit, radius = _unit(octaves), bits.shape[1] // 2
+        integers = (latents / unit).clamp_(-radius, radius)
+        below = integers.floor().clamp_(max=radius - 1)
+        at = places + below.to(places.dtype)
+        flat = bits.reshape(-1)
+        low = flat[at]
+        slope = flat[at.add_(1)].sub_(low)
+        ctx.save_for_backward(slope, (slope * integers).sum(), unit)
+        return (low + slope * integers.sub_(below)).sum(dtype=torch.float64)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        slope, turned, unit = ctx.saved_tensors
+        scale = gradient.to(slope.dtype)
+        return slope * (scale / unit), -math.log(2) * scale * turned, None, None
+
+
+def _unit(octaves: Tensor) -> Tensor:
+    return torch.exp2(torch.round(octaves.detach() * STEPS_PER_OCTAVE) / STEPS_PER_OCTAVE)
+
+
+def _through(latents: Tensor) -> Tensor:
+    """Rounded; the gradient passes."""
+    return latents + (torch.round(latents) - latents).detach()
+
+
+def _parameter(integers: np.ndarray) -> nn.Parameter:
+    return nn.Parameter(torch.from_numpy(np.array(integers, np.float32)))
+
+
+def _integers(latents: Tensor) -> np.ndarray:
+    rounded = torch.round(latents.detach().clamp(-LARGEST, LARGEST))
+    return np.asarray(rounded.to(torch.int32).cpu().numpy())
+
+
+class TrainableWeight(nn.Module):
+    """A factored weight with latents for its codes, its basis, or the factors of that, and its step.
+
+    Codes of form `vq` stay as they are: their codewords are trained. `octaves` is log2 of the step over the first one.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    indices: Tensor
+    prices: Tensor
+    places: Tensor
+
+    def __init__(self, weight: FactoredWeight) -> None:
+        super().__init__()
+        self._first = weight
+        codes, basis = weight.codes, weight.basis
+        self.octaves = nn.Parameter(torch.zeros(()))
+        self.codes = _parameter(codes.integers) if isinstance(codes, Codes) else None
+        if basis.factors:
+            self.basis = nn.ParameterList([_parameter(factor) for factor in basis.factors])
+        else:
+            self.basis = nn.ParameterList([] if basis.integers is None else [_parameter(basis.integers)])
+        rows = steps_of(basis.grid.exponents)
+        columns = steps_of(codes.grid.exponents) if isinstance(codes, Codes) else np.ones(1)
+        self.register_buffer("rows", torch.from_numpy(np.float32(rows))[:, None], persistent=False)
+        self.register_buffer("columns", torch.from_numpy(np.float32(columns)), persistent=False)
+        if isinstance(codes, OneHotCodes):
+            self.register_buffer("indices", torch.from_numpy(codes.indices.astype(np.int64)), persistent=False)
+        self.register_buffer("prices", torch.zeros(1, 1), persistent=False)
+        self.register_buffer("places", torch.zeros((), dtype=torch.int32), persistent=False)
+
+    def forward(self) -> Float[Tensor, "..."]:
+        """The tensor, in its own shape."""
+        tiling = self._first.tiling
+        if self.codes is None:
+            tiles = _rounded(self.basis[0], self.octaves)[:, self.indices]
+            return untiled(tiles * self.rows, tiling)
+        tiles = _rounded(self.codes, self.octaves)
+        if len(self.basis):
+            tiles = reduce(torch.kron, [_through(factor) for factor in self.basis]) @ tiles
+        return untiled(tiles * self.rows * self.columns, tiling)
+
+    def reprice(self, pricer: Pricer) -> None:
+        """Takes the prices of `bits` from the integers as they are now."""
+        if self.codes is None:
+            return
+        bits, contexts = pricer(self.factored())
+        width = bits.shape[1]
+        places = contexts.astype(np.int32) * np.int32(width) + np.int32(width // 2)
+        self.prices = torch.from_numpy(np.ascontiguousarray(bits)).to(self.octaves.device)
+        self.places = torch.from_numpy(places).to(self.octaves.device)
+
+    def bits(self) -> Float64[Tensor, ""]:
+        """What the codes take at the prices last taken, linear between integers; 0 for codes that are not trained."""
+        if self.codes is None:
+            return self.octaves.new_zeros((), dtype=torch.float64)
+        found: Tensor = _Priced.apply(self.codes, self.octaves, self.prices, self.places)  # type: ignore[no-untyped-call]
+        return found
+
+    def factored(self, threshold: float = 0.5) -> FactoredWeight:
+        """The factors at rest. Codes below `threshold` steps are zero."""
+        shift = round(STEPS_PER_OCTAVE * self.octaves.item())
+        first, basis, codes = self._first, self._first.basis, self._first.codes
+        if self.codes is None:
+            assert isinstance(codes, OneHotCodes)
+            words = _integers(self.basis[0] / _unit(self.octaves))
+            return FactoredWeight(first.form, first.tiling, Basis(words, _held(words, basis.grid, shift)), codes)
+        assert isinstance(codes, Codes)
+        latents = self.codes.detach() / _unit(self.octaves)
+        if threshold > 0.5:
+            latents = latents * (latents.abs() >= threshold)
+        integers = _integers(latents)
+        kept = Codes(integers, _held(integers, codes.grid, shift))
+        if basis.factors:
+            factors = tuple(_integers(factor) for factor in self.basis)
+            basis = Basis.separable(factors, int(basis.grid.exponents[0]))
+        elif len(self.basis):
+            words = _integers(self.basis[0])
+            basis = Basis(words, _held(words, basis.grid))
+        return FactoredWeight(first.form, first.tiling, basis, kept)
+
+
+def _held(integers: np.ndarray, grid: Grid, shift: int = 0) -> Grid:
+    """The grid with its steps moved; a wider one where the integers have left it."""
+    exponents = grid.exponents + np.int32(shift)
+    if integers.size and (integers.min() < grid.low or integers.max() > grid.high):
+        return Grid.holding(integers, exponents)
+    return Grid(grid.low, grid.high, exponents)
+
+
+class TrainableVector(nn.Module):
+    """A small tensor with a latent for each of its integers."""
+
+    def __init__(self, vector: FactoredVector) -> None:
+        super().__init__()
+        self._first = vector
+        self.levels = _parameter(vector.integers.astype(np.int64) + vector.offset)
+
+    def forward(self) -> Float[Tensor, "..."]:
+        """The tensor, in its own shape."""
+        first, levels = self._first, _through(self.levels)
+        if first.logarithmic:
+            values = torch.exp2(levels * (first.exponent / STEPS_PER_OCTAVE))
+        else:
+            values = levels * float(steps_of(np.array(first.exponent, np.int32)))
+        return values.reshape(first.shape)
+
+    def factored(self) -> FactoredVector:
+        """The small tensor at rest."""
+        first = self._first
+        integers = _integers(self.levels) - np.int32(first.offset)
+        return FactoredVector(first.shape, integers, first.exponent, first.offset, first.logarithmic)
+
+
+class TrainableModel(nn.Module):
+    """A network that computes with the tensors of a compressed file, as they would come out of it.
+
+    Its parameters are the latents alone. The network stays in eval mode: batch norms are the two numbers a channel
+    that the file holds, and nothing is dropped out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tensors: Mapping[str, Stored],
+        dtypes: Mapping[str, str],
+        aliases: Mapping[str, str],
+        pricer: Pricer,
+    ) -> None:
+        super().__init__()
+        self._pricer = pricer
+        self.network = place_dense(model, tensors, dtypes, aliases).eval().requires_grad_(False)
+        self.dtypes, self.aliases, self.tensors = dict(dtypes), dict(aliases), dict(tensors)
+        parameters = dict(self.network.named_parameters(remove_duplicate=False))
+        trainable = {
+            name: stored
+            for name, stored in tensors.items()
+            if isinstance(stored, FactoredWeight | FactoredVector) and name in parameters
+        }
+        # Names have dots, which modules' names cannot have.
+        self.names = tuple(trainable)
+        self.latents = nn.ModuleList(
+            [TrainableWeight(t) if isinstance(t, FactoredWeight) else TrainableVector(t) for t in trainable.values()]
+        )
+        self.reprice()
+
+    def train(self, mode: bool = True) -> "TrainableModel":
+        """The network itself stays in eval mode."""
+        self.training = mode
+        return self
+
+    def trained(self) -> dict[str, "TrainableWeight | TrainableVector"]:
+        """What is trained, by the names of the file."""
+        return dict(zip(self.names, cast("list[TrainableWeight | TrainableVector]", list(self.latents)), strict=True))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the network returns with these weights."""
+        places = dict(self.network.named_parameters(remove_duplicate=False))
+        tensors = {name: latent().to(places[name].dtype) for name, latent in self.trained().items()}
+        tensors |= {alias: tensors[name] for alias, name in self.aliases.items() if name in tensors}
+        return functional_call(self.network, tensors, args, kwargs)
+
+    def reprice(self) -> None:
+        """Takes the prices of `bits` from the coder's tables for the integers as they are now."""
+        for latent in self.trained().values():
+            if isinstance(latent, TrainableWeight):
+                latent.reprice(self._pricer)
+
+    def bits(self) -> Float64[Tensor, ""]:
+        """What all codes take together, at the prices last taken (`reprice`): differentiable, exact at integers.
+
+        Tables, bases and small tensors, which hardly change while codes are trained, are not in it.
+        """
+        found = [latent.bits() for latent in self.trained().values() if isinstance(latent, TrainableWeight)]
+        return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.float64)
+
+    def factored(self, threshold: float = 0.5) -> dict[str, Stored]:
+        """Every tensor of the file at rest."""
+        found: dict[str, Stored] = dict(self.tensors)
+        for name, latent in self.trained().items():
+            found[name] = latent.factored(threshold) if isinstance(latent, TrainableWeight) else latent.factored()
+        return found
