@@ -277,7 +277,7 @@ class _Search:
 
             def solve(name: str, met: Met) -> np.ndarray:
                 self.progress("rounding behind the prefix", len(chosen) - alone, len(self.met))
-                chosen[name] = solved(name, layers[name].behind(met))
+                chosen[name] = solved(name, layers[name].behind(met, followed=len(chosen) < len(layers) - 1))
                 return chosen[name].make().tensor()
 
             prefix.walk(self.met, placed, solve)

@@ -453,6 +453,19 @@ def test_halves_tell_how_much_to_make_up_for(name: str) -> None:
     assert moved < 0.6 * blindly
 
 
+def test_symbols_have_a_price_where_others_follow() -> None:
+    """It makes weights smaller, which only a later layer can make up for."""
+    which = LAYERS["linear"]
+    moments = which.metric.moments
+    followed, last = (which.behind(Met(moments, 0 * moments, 100), followed) for followed in (True, False))
+    priced, free = (layer.solve_direct(1e-2, pricer) for layer in (followed, last))
+    assert last.problem.feedback.paths == PATHS
+    assert np.abs(priced.codes.integers).sum() < np.abs(free.codes.integers).sum()
+    asked = []
+    last.solve_direct(1e-2, lambda codes: asked.append(codes) or pricer(codes))
+    assert not asked
+
+
 @pytest.mark.parametrize("form", ["direct", "sparse_pca", "svd"])
 def test_behind_a_prefix_rounding_follows_several_paths(form: str) -> None:
     which = LAYERS["linear"]

@@ -35,8 +35,7 @@ FINEST = 1 << 15
 """Codes of a weight reach at most about that far: finer steps than its largest entry / FINEST are not tried."""
 RATE_SHARE = 0.3
 """Part of λ that enters the rounding. It makes all layers smaller together, which no layer's own distortion shows;
-behind a prefix, where later layers make up for that, 0.3 gains on transformers and costs convolutions nothing
-(docs/log.md)."""
+behind a prefix, where later layers make up for that, 0.3 gains on transformers (docs/log.md)."""
 PATHS = 8
 """Survivors of layers behind a prefix: 2 save 0.01 to 0.13 bit a weight at equal distortion, 8 save 0.02 to 0.19."""
 DRIFT_DAMPING = 2.0
@@ -84,7 +83,7 @@ class Layer:
     """A weight `tensor` (its own shape), how it is seen as outputs x inputs (`tiling`, along the outputs), `metric`.
 
     `loss` is what a stored weight costs the network: half its distortion in the metric. Rounding follows `paths`
-    survivors a row.
+    survivors a row. Where it is `followed` by layers that will make up for its errors, its symbols have a price.
     """
 
     name: str
@@ -93,6 +92,7 @@ class Layer:
     metric: Metric
     looked_up: bool
     paths: int = 1
+    followed: bool = False
 
     @cached_property
     def problem(self) -> Problem:
@@ -130,8 +130,8 @@ class Layer:
         rows = self.scaled.metric.row_weights
         return torch.ones(self.tiling.matrix_shape[0]) if rows is None else rows
 
-    def behind(self, met: Met) -> "Layer":
-        """The layer on inputs x̂ of a compressed prefix.
+    def behind(self, met: Met, followed: bool = True) -> "Layer":
+        """The layer on inputs x̂ of a compressed prefix, `followed` by others that will make up for its errors.
 
         Its weight is the one that makes up best for what the prefix changed: W + W·drift·moments⁻¹.
         """
@@ -140,7 +140,8 @@ class Layer:
         damping = self._drift_damping(met, blocks)
         moved = blocks + torch.linalg.solve(damped(met.moments, damping), met.drift.double().mT @ blocks.mT).mT
         tensor = self.tiling.unmatrix(moved.reshape(matrix.shape).float().numpy())
-        return Layer(self.name, tensor, self.tiling, Metric(met.moments, self.metric.row_weights), False, PATHS)
+        metric = Metric(met.moments, self.metric.row_weights)
+        return Layer(self.name, tensor, self.tiling, metric, False, PATHS, followed)
 
     def _drift_damping(self, met: Met, blocks: Float64[Tensor, "g o n"]) -> float:
         """The share for `damped`: with it what is made up for by one half of the batches does best on the other."""
@@ -194,7 +195,7 @@ class Layer:
         return self._priced(
             lambda price: direct(self.scaled, self.tiling, step, price),
             pricer,
-            self.looked_up or (self.paths > 1 and self.problem.feedback.coupled),
+            self.looked_up or (self.followed and self.problem.feedback.coupled),
         ).with_steps(self.row_exponents)
 
     @cached_property
