@@ -68,6 +68,13 @@ def calibration():
     return data()[0][:TRAINED].split(100)[:6]
 
 
+def training(epoch: int):
+    """All images for training, in an order of the epoch's own; targets None: distil."""
+    images = data()[0][:TRAINED]
+    order = torch.randperm(TRAINED, generator=torch.Generator().manual_seed(epoch))
+    return ((images[chosen], None) for chosen in order.split(50))
+
+
 @torch.inference_mode()
 def evaluate(network: nn.Module) -> dict[str, float]:
     """Accuracy in % on the held-out digits, and minus the loss in nats."""

@@ -11,6 +11,7 @@ from torch import nn
 from factorpack import Options, UnsupportedError
 from factorpack import cache as cache_module
 from factorpack.cache import analyse, key_of
+from factorpack.coding.records import predicted_bits
 from factorpack.pipeline import Source
 from factorpack.task import load_task
 
@@ -169,6 +170,16 @@ def test_another_question_has_another_part_of_the_folder(source, cold, folder):
 def test_the_key_tells_options_apart(source, change):
     assert key_of(source, Options()) == key_of(source, Options())
     assert key_of(source, replace(Options(), **change)) != key_of(source, Options())
+
+
+def test_the_key_tells_rules_of_ranks_apart(source):
+    assert key_of(source, Options("svd", rank="vbmf")) != key_of(source, Options("svd"))
+
+
+def test_weights_made_again_have_the_ranks_of_the_options(source, tmp_path):
+    rung = Watch().analysis(source, tmp_path, Options("svd", rank="vbmf")).rungs[-1]
+    sizes = {name: predicted_bits(candidate.make()) / 8 for name, candidate in rung.layers.items()}
+    assert sizes == {name: candidate.size_bytes for name, candidate in rung.layers.items()}
 
 
 def test_the_key_tells_models_and_data_apart(source, digits_task, monkeypatch):

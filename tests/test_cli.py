@@ -15,7 +15,7 @@ import factorpack
 from factorpack.cli import app, human, parse_size
 from factorpack.errors import UnsupportedError
 
-COMMANDS = ("compress", "curve", "evaluate", "inspect", "verify", "decompress")
+COMMANDS = ("compress", "finetune", "curve", "evaluate", "inspect", "verify", "decompress")
 
 
 def run(*arguments: object):
@@ -206,12 +206,21 @@ def test_a_plan_goes_out_and_comes_back(digits_task, tmp_path):
     assert_one_line(refused, "the plan is not of this model: 'head.weight' is only in one of them")
     assert_one_line(
         run("compress", digits_task.path, "--plan", plan, "--form", "direct", "--out", second),
-        "a plan says the form of each weight",
+        "a plan says the form of each weight: leave --form, --solver and --rank out",
     )
     plan.write_text(plan.read_text()[:-9])
     assert_one_line(run("compress", digits_task.path, "--plan", plan, "--out", second), "a plan is JSON")
     missing = tmp_path / "missing.json"
     assert_one_line(run("compress", digits_task.path, "--plan", missing, "--out", second), "cannot read the plan")
+
+
+def test_a_plan_of_ranks_by_vbmf_comes_back(digits_task, tmp_path):
+    found, again, plan = tmp_path / "a.fpk", tmp_path / "b.fpk", tmp_path / "plan.json"
+    asked = ("--size", "6KB", "--form", "svd", "--rank", "vbmf", "--save-plan", plan)
+    assert answer("compress", digits_task.path, *asked, "--out", found)["size_bytes"] <= 6000
+    assert json.loads(plan.read_text())["rank_by"] == "vbmf"
+    answer("compress", digits_task.path, "--plan", plan, "--out", again)
+    assert again.read_bytes() == found.read_bytes()
 
 
 def test_batch_norms_are_kept_whole_on_demand(digits_task, tmp_path):
@@ -302,6 +311,8 @@ def test_a_task_that_is_wrong_is_one_line(tmp_path, text, part):
         (("--size", "8KB", "--form", "wavelet"), "'wavelet' is no form: choose auto, direct"),
         (("--size", "8KB", "--solver", "magic"), "'magic' is no solver"),
         (("--size", "8KB", "--solver", "projected-gradient"), "projected gradients need a form"),
+        (("--size", "8KB", "--form", "svd", "--rank", "full"), "'full' is no rule for ranks: choose rate or vbmf"),
+        (("--size", "8KB", "--rank", "vbmf"), "ranks by vbmf are for form svd"),
         (("--size", "8KB", "--exclude", "tail.*"), "fits no tensor"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -30,10 +30,11 @@ ALLOWED = {
 """By the first name below the package; what is missing here is composition."""
 COMPOSITION = {
     "search": {"cli", "curve", "cache", "pipeline"},
-    "pipeline": {"cli", "curve", "cache"},
+    "pipeline": {"cli", "curve", "cache", "training"},
     "cache": {"cli", "curve"},
     "curve": {"cli"},
-    "finetune": {"cli"},
+    "trained": {"training"},
+    "training": {"cli"},
     "cli": set(),
     "__init__": {"cli"},
 }

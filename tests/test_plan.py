@@ -15,7 +15,7 @@ def plan():
         'odd "name"\n': LayerPlan("vq", 2.0**-30, 256, 4, 0.0, 1, 0.0),
         "ünïcode": LayerPlan("svd", 1e300, 1, 0, 5e-324, 10**12, 2.0),
     }
-    return ModelPlan(layers, 1e-9, 7, 5_500_000, True)
+    return ModelPlan(layers, 1e-9, 7, 5_500_000, True, "vbmf")
 
 
 def test_a_plan_comes_back_in_its_order():
@@ -40,7 +40,7 @@ def test_whole_numbers_will_do_where_fractions_are_meant():
     assert (found.rate, found.layers["conv.weight"].step) == (2, 1)
 
 
-@pytest.mark.parametrize("key", ["rate", "seed", "size_bytes", "behind_prefix", "layers"])
+@pytest.mark.parametrize("key", ["rate", "seed", "size_bytes", "behind_prefix", "rank_by", "layers"])
 def test_a_missing_key_is_refused(key):
     data = json.loads(plan().to_json())
     del data[key]
@@ -62,7 +62,7 @@ def test_a_key_missing_or_unknown_in_a_layer_is_refused_by_its_name(key):
 
 def test_an_unknown_key_is_refused():
     data = json.loads(plan().to_json()) | {"comment": "mine"}
-    with pytest.raises(MismatchError, match="just the keys behind_prefix, layers, rate, seed, size_bytes"):
+    with pytest.raises(MismatchError, match="just the keys behind_prefix, layers, rank_by, rate, seed, size_bytes"):
         ModelPlan.from_json(json.dumps(data))
 
 
@@ -91,7 +91,16 @@ def test_a_layer_with_a_value_of_the_wrong_type_is_refused(key, value):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("rate", "1"), ("seed", 1.5), ("seed", False), ("size_bytes", None), ("behind_prefix", 1)]
+    ("key", "value"),
+    [
+        ("rate", "1"),
+        ("seed", 1.5),
+        ("seed", False),
+        ("size_bytes", None),
+        ("behind_prefix", 1),
+        ("rank_by", 3),
+        ("rank_by", "full"),
+    ],
 )
 def test_a_plan_with_a_value_of_the_wrong_type_is_refused(key, value):
     data = json.loads(plan().to_json()) | {key: value}

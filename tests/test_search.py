@@ -152,11 +152,29 @@ def test_progress_is_told_of_stages(state, options):
         ({"solver": "magic"}, "'magic' is no solver: choose sequential or projected-gradient"),
         ({"solver": "projected-gradient"}, "projected gradients need a form"),
         ({"form": "separable", "solver": "projected-gradient"}, "choose --form direct, sparse_pca, svd, vq$"),
+        ({"form": "svd", "rank": "full"}, "'full' is no rule for ranks: choose rate or vbmf"),
+        ({"rank": "vbmf"}, "ranks by vbmf are for form svd by sequential rounding: choose --form svd"),
+        ({"form": "direct", "rank": "vbmf"}, "ranks by vbmf are for form svd"),
+        ({"form": "svd", "solver": "projected-gradient", "rank": "vbmf"}, "by sequential rounding"),
     ],
 )
 def test_options_that_do_not_exist_are_refused(arguments, message):
     with pytest.raises(UnsupportedError, match=message):
         Options(**arguments)
+
+
+def test_ranks_by_vbmf_are_the_same_at_every_size(state):
+    sizes = (700, 900)
+    packed = [pack(state, size, Options("svd", rank="vbmf"), silent) for size in sizes]
+    coarse, fine = ([(layer.form, layer.rank) for layer in each.plan.layers.values()] for each in packed)
+    assert coarse == fine
+    by_rate = pack(state, 900, Options("svd"), silent).plan
+    assert by_rate.rank_by == "rate"
+    assert fine != [(layer.form, layer.rank) for layer in by_rate.layers.values()]
+    for size, each in zip(sizes, packed, strict=True):
+        assert 0.99 * size <= len(each.data) <= size
+    again = pack_plan(state, ModelPlan.from_json(packed[0].plan.to_json()), Options(), silent)
+    assert (again.data, again.plan) == (packed[0].data, packed[0].plan)
 
 
 # --- behind the compressed prefix -----------------------------------------------------------------------------

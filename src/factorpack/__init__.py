@@ -13,25 +13,30 @@ from factorpack.errors import (
 )
 
 if TYPE_CHECKING:
-    from factorpack.finetune import save, trainable
     from factorpack.nn.loading import kept_dense, resident_bytes
     from factorpack.nn.trainable import TrainableModel
     from factorpack.pipeline import PackedModel, Report, compress, load, load_state_dict
     from factorpack.search import Options
+    from factorpack.trained import save, trainable
+    from factorpack.training import Lessons, TrainingOptions, TrainingReport, finetune
 
 __version__ = "0.1.0"
 __all__ = [
     "BudgetError",
     "FactorpackError",
     "FormatError",
+    "Lessons",
     "MismatchError",
     "Options",
     "PackedModel",
     "Report",
     "TaskError",
     "TrainableModel",
+    "TrainingOptions",
+    "TrainingReport",
     "UnsupportedError",
     "compress",
+    "finetune",
     "kept_dense",
     "load",
     "load_state_dict",
@@ -41,17 +46,21 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Lessons": "factorpack.training",
     "Options": "factorpack.search",
     "PackedModel": "factorpack.pipeline",
     "Report": "factorpack.pipeline",
     "TrainableModel": "factorpack.nn.trainable",
+    "TrainingOptions": "factorpack.training",
+    "TrainingReport": "factorpack.training",
     "compress": "factorpack.pipeline",
+    "finetune": "factorpack.training",
     "kept_dense": "factorpack.nn.loading",
     "load": "factorpack.pipeline",
     "load_state_dict": "factorpack.pipeline",
     "resident_bytes": "factorpack.nn.loading",
-    "save": "factorpack.finetune",
-    "trainable": "factorpack.finetune",
+    "save": "factorpack.trained",
+    "trainable": "factorpack.trained",
 }
 
 

@@ -254,8 +254,8 @@ def analyse(source: Source, options: Options, folder: Path, progress: Progress, 
         return weight
 
     def candidate(name: str, layer: str, form: str, loss: float, size_bytes: float, rate: float) -> Candidate:
-        make = partial(held, name, layer) if layer in needed else partial(resolved, state, layer, form, rate)
-        return Candidate(form, loss, size_bytes, rate, make)
+        again = partial(resolved, state.layers[layer], form, rate, options.rank)
+        return Candidate(form, loss, size_bytes, rate, partial(held, name, layer) if layer in needed else again)
 
     with one_thread():
         rates = store.load("rates")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import wraps
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -104,12 +104,12 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
         passes: dict[str, int] = {}
 
         def progress(stage: str, done: int, total: int) -> None:
-            if done == 0:
-                passes[stage] = passes.get(stage, 0) + 1
-                if stage in tasks:
-                    bar.reset(tasks[stage], description=f"{stage}, pass {passes[stage]}")
-                else:
-                    tasks[stage] = bar.add_task(stage, total=total)
+            if stage not in tasks:
+                passes[stage] = 1
+                tasks[stage] = bar.add_task(stage, total=total)
+            elif done == 0:
+                passes[stage] += 1
+                bar.reset(tasks[stage], description=f"{stage}, pass {passes[stage]}")
             bar.update(tasks[stage], completed=done, total=total)
 
         yield progress
@@ -216,6 +216,9 @@ def compress(
     ] = None,
     form: Form = "auto",
     solver: Annotated[str, typer.Option(help="sequential, or projected-gradient with a form.")] = "sequential",
+    rank: Annotated[
+        str, typer.Option(help="Ranks of form svd: rate, as the size asks, or vbmf, as variational Bayes finds.")
+    ] = "rate",
     seed: Seed = 0,
     exclude: Exclude = None,
     keep_batch_norms: Annotated[
@@ -233,10 +236,10 @@ def compress(
     _check_goal(size, ratio, max_drop, plan)
     _check_folder(out, "--out")
     _check_folder(save_plan, "--save-plan")
-    if plan is not None and (form, solver) != ("auto", "sequential"):
-        raise UnsupportedError("a plan says the form of each weight: leave --form and --solver out")
+    if plan is not None and (form, solver, rank) != ("auto", "sequential", "rate"):
+        raise UnsupportedError("a plan says the form of each weight: leave --form, --solver and --rank out")
     goal = Goal(parse_size(size) if size else 0, ratio, max_drop, _read_plan(plan) if plan else None)
-    options = Options(form, solver, seed, tuple(exclude or ()), keep_batch_norms)
+    options = Options(form, solver, seed, tuple(exclude or ()), keep_batch_norms, rank)
     with _bars() as progress:
         start = time.perf_counter()
         loaded, source = _source(task, "--max-drop" if max_drop is not None else "")
@@ -350,6 +353,83 @@ def _forms(bill: "Bill") -> dict[str, int]:
     for weight in bill.weights:
         found[weight.form] = found.get(weight.form, 0) + prod(weight.shape)
     return found
+
+
+@app.command(epilog="Example: factorpack finetune task.py model.fpk --minutes 30 --out trained.fpk")
+@command
+def finetune(
+    task: TaskArgument,
+    file: FileArgument,
+    out: Annotated[Path, typer.Option(metavar="FILE2.fpk", help="The file to write; FILE2.fpk.training gets a log.")],
+    size: Annotated[str, typer.Option(help="Size of the new file: 60KB, 5.5MB; that of the old one without.")] = "",
+    minutes: Annotated[float | None, typer.Option(help="How long to train.")] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Instead of --minutes: how often to go through the data.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Instead of --minutes: how many batches to train on.")] = None,
+    learning_rate: Annotated[
+        float, typer.Option(help="At its highest, in steps of the codes' grids; all else goes with it.")
+    ] = 0.01,
+    distil: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of distillation from the original network beside the task's loss(); 0 where there are targets "
+            "and a loss(), 1 otherwise."
+        ),
+    ] = None,
+    features: Annotated[
+        float, typer.Option(help="Weight of the outputs of the network's blocks in the distillation.")
+    ] = 1.0,
+    orthogonality: Annotated[
+        float, typer.Option(help="Weight of the squared cosines between columns of a basis in the loss.")
+    ] = 0.0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, no (float32), bf16 or fp16.")] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a run with the same options was stopped.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train what is in a compressed file, end to end, and keep the best file of the size.
+
+    The network learns from the task's training(epoch). Ctrl-C leaves the best file so far.
+    """
+    from factorpack.task import load_task
+    from factorpack.training import Lessons, Run, TrainingOptions
+
+    _check_folder(out, "--out")
+    options = TrainingOptions(
+        parse_size(size) if size else None, steps, epochs, minutes, learning_rate, distil, features, orthogonality,
+        device, precision, resume,
+    )  # fmt: skip
+    loaded = load_task(task)
+    with _bars() as progress:
+        run = Run(loaded.model(), file, out, Lessons(loaded.training, loaded.loss, loaded.output), options, progress,
+                  _note)  # fmt: skip
+        try:
+            run.train()
+        except KeyboardInterrupt:
+            if not out.exists():
+                raise
+            _note(f"stopped: {out} is the best file so far; --resume goes on")
+    if not run.accelerator.is_main_process:
+        return
+    report = run.report(None)
+    if loaded.has("evaluate"):
+        start = time.perf_counter()
+        report = replace(report, scores=_score(loaded, out), evaluation_seconds=time.perf_counter() - start)
+    screen.print(
+        f"{out}: {report.size_bytes:,} bytes, {report.ratio:.1f} times smaller, {report.seconds:.0f} s, {report.steps} "
+        f"steps; held-out loss {report.held_loss_before:.4g} before, {report.held_loss:.4g} after step "
+        f"{report.best_step}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    if report.scores:
+        screen.print(f"scores of the file, loaded back: {_scores(dict(report.scores))}", highlight=False)
+    before = report.held_loss_before if isfinite(report.held_loss_before) else None
+    _result({"file": str(out)} | asdict(report) | {"held_loss_before": before}, as_json)
+    if not report.complete:
+        raise typer.Exit(130)
 
 
 @app.command(epilog="Example: factorpack evaluate task.py model.fpk")

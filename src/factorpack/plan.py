@@ -4,7 +4,8 @@
 
 A file is made of a plan by its forms and rates: `form` of a layer may be any that λ leads to (all but vq), `rate` is
 its λ, and half of it makes its step √2 times finer; the `rate` of the whole is that of the small tensors. `seed` is
-that of the statistics. The other keys tell what came of it, and are not read.
+that of the statistics, `rank_by` the rule that ranks of form `svd` follow. The other keys tell what came of it, and are
+not read.
 """
 
 import json
@@ -15,6 +16,8 @@ from typing import Any
 from factorpack.errors import MismatchError
 
 FORMS = ("direct", "sparse_pca", "svd", "vq", "separable")
+RANK_RULES = ("rate", "vbmf")
+"""What decides the rank of form `svd`: λ, or the directions that variational Bayes tells from noise (`solve.vbmf`)."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class ModelPlan:
     """All weights by name, and what held for the whole file.
 
     `rate` is the λ of the small tensors; `behind_prefix` tells whether each layer was solved on the inputs that the
-    compressed layers before it leave, or by itself.
+    compressed layers before it leave, or by itself; `rank_by` is one of `RANK_RULES`.
     """
 
     layers: Mapping[str, LayerPlan]
@@ -51,11 +54,18 @@ class ModelPlan:
     seed: int
     size_bytes: int
     behind_prefix: bool
+    rank_by: str = "rate"
+
+    def __post_init__(self) -> None:
+        if self.rank_by not in RANK_RULES:
+            raise MismatchError(f"the plan: rank_by is {self.rank_by!r}: choose {' or '.join(RANK_RULES)}")
 
     def to_json(self) -> str:
         """Strict JSON, one line a weight."""
         layers = ",\n".join(f"  {json.dumps(name)}: {json.dumps(asdict(plan))}" for name, plan in self.layers.items())
-        head = json.dumps({key: getattr(self, key) for key in ("rate", "seed", "size_bytes", "behind_prefix")})
+        head = json.dumps(
+            {key: getattr(self, key) for key in ("rate", "seed", "size_bytes", "behind_prefix", "rank_by")}
+        )
         return f'{head[:-1]}, "layers": {{\n{layers}\n}}}}\n'
 
     @classmethod

@@ -17,7 +17,7 @@ from factorpack.container import Contents, to_bytes
 from factorpack.errors import BudgetError, MismatchError, UnsupportedError
 from factorpack.factors import IDENTITY_GRID, Basis, Codes, FactoredVector, FactoredWeight
 from factorpack.nn.state import State
-from factorpack.plan import FORMS, LayerPlan, ModelPlan
+from factorpack.plan import FORMS, RANK_RULES, LayerPlan, ModelPlan
 from factorpack.solve.layer import Layer, Met
 from factorpack.solve.projected_gradient import FORMS as DESCENT_FORMS
 from factorpack.solve.vectors import quantise
@@ -56,9 +56,10 @@ Progress = Callable[[str, int, int], None]
 class Options:
     """How a model is compressed: a form (or "auto"), a solver, a seed, patterns of names to be kept exactly.
 
-    `keep_batch_norms` stores all four numbers a channel, for training to go on; two say the same in eval mode.
+    `keep_batch_norms` stores all four numbers a channel, for training to go on; two say the same in eval mode. `rank`
+    says what decides the rank of form `svd`: "rate", the λ that leads to it, or "vbmf" (`solve.vbmf`), at any λ alike.
 
-    Raises UnsupportedError for a form or solver that does not exist, or a solver without one of its forms.
+    Raises UnsupportedError for a form, solver or rule of ranks that does not exist, or one of these without its forms.
     """
 
     form: str = "auto"
@@ -66,6 +67,7 @@ class Options:
     seed: int = 0
     exclude: tuple[str, ...] = ()
     keep_batch_norms: bool = False
+    rank: str = "rate"
 
     def __post_init__(self) -> None:
         if self.form not in ("auto", *FORMS):
@@ -74,6 +76,12 @@ class Options:
             raise UnsupportedError(f"{self.solver!r} is no solver: choose {' or '.join(SOLVERS)}")
         if self.solver == "projected-gradient" and self.form not in DESCENT_FORMS:
             raise UnsupportedError(f"projected gradients need a form: choose --form {', '.join(DESCENT_FORMS)}")
+        if self.rank not in RANK_RULES:
+            raise UnsupportedError(f"{self.rank!r} is no rule for ranks: choose {' or '.join(RANK_RULES)}")
+        if self.rank != "rate" and (self.form, self.solver) != ("svd", "sequential"):
+            raise UnsupportedError(
+                f"ranks by {self.rank} are for form svd by sequential rounding: choose --form svd, or --rank rate"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,7 +239,7 @@ class _Search:
             return rate * min(max(ratio, 1 / STEERING), STEERING)
 
         def solved(name: str, layer: Layer) -> Candidate:
-            solve = self._reachable(layer)[forms[name]]
+            solve = self._reachable(layer, self.options.rank)[forms[name]]
             found = self._at(solve, layer, steered())
             if len(chosen) == len(self.state.layers) - 1:
                 # Nothing comes after it: the last layer is asked again until it fills what is left.
@@ -253,7 +261,7 @@ class _Search:
 
         def solved(name: str, layer: Layer) -> Candidate:
             decided = plan.layers[name]
-            return self._at(self._reachable(layer)[decided.form], layer, decided.rate)
+            return self._at(self._reachable(layer, plan.rank_by)[decided.form], layer, decided.rate)
 
         alone = [name for name in self.state.layers if not plan.behind_prefix or name not in self.met]
         return self._behind(plan.rate, {name: solved(name, self.state.layers[name]) for name in alone}, solved)
@@ -284,20 +292,21 @@ class _Search:
             self.progress("rounding behind the prefix", len(self.met), len(self.met))
         return {name: chosen.get(name) or solved(name, layer) for name, layer in layers.items()}
 
-    def _reachable(self, layer: Layer) -> dict[str, Callable[[float], FactoredWeight]]:
-        """How this layer is solved at a λ, by form."""
+    @staticmethod
+    def _reachable(layer: Layer, rank_by: str) -> dict[str, Callable[[float], FactoredWeight]]:
+        """How this layer is solved at a λ, by form; see `plan.RANK_RULES` for `rank_by`."""
         basis = partial(layer.solve_basis, pricer=pricer)
         solvers: dict[str, Callable[[float], FactoredWeight]] = {"direct": partial(layer.solve_direct, pricer=pricer)}
         if layer.has_taps:
             solvers["separable"] = layer.solve_separable
         solvers["sparse_pca"] = partial(basis, "sparse_pca")
         if min(layer.tiling.matrix_shape) > 1:
-            solvers["svd"] = partial(basis, "svd")
+            solvers["svd"] = partial(basis, "svd", rank_by=rank_by)
         return solvers
 
     def _solvers(self, layer: Layer) -> dict[str, Callable[[float], FactoredWeight]]:
         """Of these the form asked for, `direct` where it cannot be had, or those that can win."""
-        form, solvers = self.options.form, self._reachable(layer)
+        form, solvers = self.options.form, self._reachable(layer, self.options.rank)
         if form != "auto":
             return {form: solvers[form]} if form in solvers else {"direct": solvers["direct"]}
         # A basis pays for itself only where it is small beside the codes.
@@ -408,7 +417,7 @@ def pack(state: State, size_bytes: int, options: Options, progress: Progress, ru
     bracket = _between(rungs, goal) or _bracket(search, _first_rate(state, size_bytes), goal)
     if search.met and (found := _walked(search, bracket, size_bytes)) is not None:
         data, chosen, rate = found
-        return Packed(data, _plan(chosen, rate, options.seed, len(data), behind_prefix=True))
+        return Packed(data, _plan(chosen, rate, options.seed, len(data), True, options.rank))
     best = bracket.below or bracket.above
     assert best is not None
     try:
@@ -428,7 +437,7 @@ def pack(state: State, size_bytes: int, options: Options, progress: Progress, ru
                 f"{size_bytes:,} bytes cannot be met: the smallest file of this model takes {len(data):,} bytes, "
                 f"with every weight at its coarsest; ask for more"
             ) from None
-    return Packed(data, _plan(chosen, rate, options.seed, len(data), behind_prefix=False))
+    return Packed(data, _plan(chosen, rate, options.seed, len(data), False, options.rank))
 
 
 @dataclass(frozen=True)
@@ -542,10 +551,9 @@ def _smallest(search: _Search) -> tuple[bytes, dict[str, Candidate]]:
     return search._written(chosen, search.vectors(LARGEST_RATE)), chosen
 
 
-def resolved(state: State, name: str, form: str, rate: float) -> FactoredWeight:
-    """The weight `name` in a form that λ leads to, solved at λ = `rate`."""
-    search = _Search(state, Options(), lambda _stage, _done, _total: None)
-    return search._reachable(state.layers[name])[form](rate)
+def resolved(layer: Layer, form: str, rate: float, rank_by: str) -> FactoredWeight:
+    """The weight of `layer` in a form that λ leads to, solved at λ = `rate`; see `plan.RANK_RULES` for `rank_by`."""
+    return _Search._reachable(layer, rank_by)[form](rate)
 
 
 def pack_plan(state: State, plan: ModelPlan, options: Options, progress: Progress) -> Packed:
@@ -559,7 +567,7 @@ def pack_plan(state: State, plan: ModelPlan, options: Options, progress: Progres
         odd = sorted(set(plan.layers) ^ set(state.layers))
         raise MismatchError(f"the plan is not of this model: {odd[0]!r} is only in one of them")
     for name, layer in plan.layers.items():
-        forms = ", ".join(search._reachable(state.layers[name]))
+        forms = ", ".join(search._reachable(state.layers[name], plan.rank_by))
         if layer.form not in forms.split(", "):
             raise UnsupportedError(f"the plan wants {layer.form} for {name!r}, which a plan can store as {forms}")
     for name, rate in [("the small tensors", plan.rate), *((name, layer.rate) for name, layer in plan.layers.items())]:
@@ -568,10 +576,12 @@ def pack_plan(state: State, plan: ModelPlan, options: Options, progress: Progres
     chosen = search.follow(plan)
     small = search.vectors(plan.rate)
     data = search._written(chosen, small)
-    return Packed(data, _plan(chosen, plan.rate, plan.seed, len(data), plan.behind_prefix))
+    return Packed(data, _plan(chosen, plan.rate, plan.seed, len(data), plan.behind_prefix, plan.rank_by))
 
 
-def _plan(chosen: Mapping[str, Candidate], rate: float, seed: int, size_bytes: int, behind_prefix: bool) -> ModelPlan:
+def _plan(
+    chosen: Mapping[str, Candidate], rate: float, seed: int, size_bytes: int, behind_prefix: bool, rank_by: str
+) -> ModelPlan:
     layers = {}
     for name, candidate in chosen.items():
         weight = candidate.make()
@@ -580,4 +590,4 @@ def _plan(chosen: Mapping[str, Candidate], rate: float, seed: int, size_bytes: i
             weight.form, float(grid.steps[0]), weight.codes.shape[0], weight.tiling.depth, candidate.rate,
             round(candidate.size_bytes), candidate.loss,
         )  # fmt: skip
-    return ModelPlan(layers, rate, seed, size_bytes, behind_prefix)
+    return ModelPlan(layers, rate, seed, size_bytes, behind_prefix, rank_by)

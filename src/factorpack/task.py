@@ -8,7 +8,7 @@ returns, "logits" (the default) or "embedding". A `.safetensors` file is a task 
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -78,6 +78,23 @@ class Task:
             raise
         except Exception as error:
             raise TaskError(f"{self.name}: calibration() failed: {_place(error)}") from error
+
+    def training(self, epoch: int) -> Iterator[Any]:
+        """Pairs of a batch and its targets, or None: those of an epoch."""
+        pairs = iter(self._call("training", epoch))
+        while True:
+            try:
+                pair = next(pairs)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise TaskError(f"{self.name}: training() failed: {_place(error)}") from error
+            yield pair
+
+    @property
+    def loss(self) -> Callable[[Tensor, Any], Tensor] | None:
+        """Its own loss of outputs and targets, if it has one."""
+        return self.functions["loss"] if self.has("loss") else None
 
     def evaluate(self, model: nn.Module) -> Scores:
         """Scores by name, the first one being the one that counts; a single number is called "score"."""

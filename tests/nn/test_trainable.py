@@ -1,6 +1,7 @@
 """A compressed network in training: it computes what its file would, and gradients are those of the estimators."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -154,8 +155,8 @@ def test_bits_turn_with_the_prices() -> None:
     latent = TrainableWeight(weight)
     latent.reprice(pricer)
     moved(latent, 0.3)
-    bits, contexts = pricer(weight)
-    latent.reprice(lambda _: (bits, contexts))
+    bits, contexts, total = pricer(weight)
+    latent.reprice(lambda _: (bits, contexts, total))
     latent.bits().backward()
     unit = 2 ** (round(64 * latent.octaves.item()) / 64)
     t = latent.codes.detach().numpy() / unit
@@ -171,11 +172,37 @@ def test_codes_beyond_the_prices_pay_the_outermost() -> None:
         next(weight for label, weight in WEIGHTS.items() if label.startswith("direct; embedding;"))
     )
     prices = np.abs(np.arange(-2, 3)).astype(np.float32)[None]
-    latent.reprice(lambda weight: (prices, np.zeros(weight.codes.shape, np.uint8)))
+    latent.reprice(lambda weight: (prices, np.zeros(weight.codes.shape, np.uint8), 0.0))
     with torch.no_grad():
         latent.codes.zero_()
         latent.codes[0, 0], latent.codes[1, 0], latent.codes[2, 0] = 100, -1.5, 2
     assert float(latent.bits().detach()) == 2 + 1.5 + 2
+
+
+@pytest.mark.parametrize("name", ["direct; linear;", "sparse_pca; conv2d;", "separable; conv2d, taps;", "svd; linear;"])
+def test_a_price_is_the_gradient_of_bits_where_training_reached(name: str) -> None:
+    weight = next(weight for label, weight in WEIGHTS.items() if label.startswith(name))
+    one, other = TrainableWeight(weight), TrainableWeight(weight)
+    for latent in (one, other):
+        latent.reprice(pricer)
+        moved(latent, 0.3)
+        latent.take_slopes()
+    (0.7 * one.bits()).backward()
+    reached = torch.rand(other.codes.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    other.codes.grad = 1e-20 * reached
+    other.octaves.grad = torch.zeros(())
+    other.price(0.7)
+    torch.testing.assert_close(other.codes.grad, torch.where(reached, one.codes.grad, 0.0), rtol=1e-5, atol=1e-6)
+    slopes = other.codes.grad / 0.7
+    wanted = -math.log(2) * 0.7 * (slopes * other.codes.detach()).sum()
+    torch.testing.assert_close(other.octaves.grad, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_coder_took_is_kept_with_the_prices() -> None:
+    weight = next(weight for label, weight in WEIGHTS.items() if label.startswith("direct; embedding;"))
+    latent = TrainableWeight(weight)
+    latent.reprice(pricer)
+    assert latent.coded_bits == plan_integers(weight.codes.integers).bits.total
 
 
 # --- a network ------------------------------------------------------------------------------------------------------
@@ -291,3 +318,58 @@ def test_another_network_is_refused() -> None:
     contents = contents_of(Tied())
     with pytest.raises(MismatchError, match="another model"):
         TrainableModel(nn.Linear(3, 3), contents.tensors, contents.dtypes, contents.aliases, pricer)
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+TABLES = [name for name in WEIGHTS if name.startswith("direct; embedding;") or "; linear along inputs;" in name]
+
+
+@pytest.mark.parametrize("name", [name for name in TABLES if not name.startswith("vq")])
+def test_rows_are_those_of_the_whole_table(name: str) -> None:
+    weight = WEIGHTS[name]
+    if weight.tiling.depth:
+        # A tile becomes a row.
+        count = weight.codes.shape[1]
+        weight = replace(weight, tiling=Tiling((count, weight.tiling.depth), depth=weight.tiling.depth))
+    latent = TrainableWeight(weight)
+    moved(latent, 0.7)
+    assert latent.row_by_row
+    rows = torch.tensor([3, 0, 5])
+    torch.testing.assert_close(latent.rows_at(rows), latent()[rows])
+
+
+class Table(nn.Module):
+    """A table that is looked up, with a row of padding, and maybe multiplied with too."""
+
+    def __init__(self, multiplied: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(20, 8, padding_idx=0)
+        self.multiplied = multiplied
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        found = self.table(tokens)
+        return found @ self.table.weight.T if self.multiplied else found.square()
+
+
+@pytest.mark.parametrize("multiplied", [False, True])
+def test_a_table_gets_the_gradients_that_it_would_get_as_a_whole(multiplied: bool) -> None:
+    original = Table(multiplied)
+    step = np.float32(2.0**-4)
+    integers = np.rint(original.table.weight.detach().numpy() / step).astype(np.int32)
+    codes = Codes(integers, Grid.holding(integers, np.array([-256], np.int32)))
+    weight = FactoredWeight("direct", Tiling(integers.shape), Basis(None, IDENTITY_GRID), codes)
+    model = TrainableModel(Table(multiplied), {"table.weight": weight}, {"table.weight": "float32"}, {}, pricer)
+    tokens = torch.tensor([[0, 3, 3, 7], [19, 0, 0, 1]])
+    found = model(tokens)
+    found.square().sum().backward()
+    with torch.no_grad():
+        original.table.weight.copy_(torch.from_numpy(weight.tensor()))
+    wanted = original(tokens)
+    wanted.square().sum().backward()
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(
+        model.trained()["table.weight"].codes.grad, float(step) * original.table.weight.grad, rtol=1e-4, atol=1e-5
+    )

@@ -12,6 +12,8 @@ from factorpack.factors import Codes, FactoredWeight, OneHotCodes, steps_of
 from factorpack.solve import layer as layer_module
 from factorpack.solve.layer import FINEST, PATHS, STEP_GRAIN, STEP_POWER, Layer, Met
 from factorpack.solve.objective import Metric, distortion
+from factorpack.solve.sequential import damped
+from factorpack.solve.vbmf import rank_of
 from factorpack.tiling import Tiling
 
 
@@ -90,6 +92,45 @@ def test_svd_keeps_fewer_directions_than_there_are(name: str) -> None:
     assert ranks[0] == 1
     assert ranks == sorted(ranks)
     assert min(depth - 1, count) <= ranks[-1] < depth
+
+
+def planted(shape: tuple[int, int], rank: int) -> Layer:
+    """A weight that, as its inputs see it, is of `rank`, on the strong inputs, and white noise on strong and weak."""
+    outputs, inputs = shape
+    moments = torch.logspace(0, -4, inputs).diag()[None]
+    seen = rand(outputs, inputs, seed=21)
+    seen[:, : inputs // 3] += 2 * rand(outputs, rank, seed=22) @ rand(rank, inputs // 3, seed=23)
+    # A basis along the inputs is in the metric with a floor.
+    root = torch.linalg.cholesky(damped(moments) if outputs > inputs else moments.double())[0]
+    weight = torch.linalg.solve_triangular(root, seen.double(), upper=False, left=False).float()
+    return Layer("weight", weight.numpy(), Tiling(shape), Metric(moments, None), False)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (60, 30)], ids=["basis along the outputs", "basis along the inputs"])
+def test_svd_keeps_the_planted_directions_at_every_rate_by_vbmf(shape: tuple[int, int]) -> None:
+    which = planted(shape, 4)
+    found = [which.solve_basis("svd", rate, pricer, "vbmf") for rate in (1e3, *RATES, 1e-12)]
+    assert [weight.codes.shape[0] for weight in found] == [4] * len(found)
+    losses = [which.loss(weight) for weight in found]
+    assert losses[-1] < 0.2 * losses[0]
+    assert {which.solve_basis("svd", rate, pricer).codes.shape[0] for rate in (1e3, 1e-12)} == {1, min(shape) - 1}
+    # In the weight alone the noise of weak inputs is the largest.
+    assert rank_of(torch.linalg.svdvals(which.problem.weight.double()).square().numpy(), shape) != 4
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_svd_has_a_rank_by_vbmf_in_every_layout(name: str) -> None:
+    which = LAYERS[name]
+    found = [which.solve_basis("svd", rate, pricer, "vbmf") for rate in RATES]
+    assert len({weight.codes.shape for weight in found}) == 1
+    assert 1 <= found[0].codes.shape[0] < which.basis_tiling.tiled_shape[0]
+    assert which.loss(found[-1]) < zeroed(which)
+
+
+def test_svd_of_zeros_has_rank_one_by_vbmf() -> None:
+    which = LAYERS["linear"]
+    dead = replace(which, tensor=np.zeros_like(which.tensor))
+    assert dead.solve_basis("svd", 1e-3, pricer, "vbmf").codes.shape[0] == 1
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -102,8 +102,8 @@ def _parts(weight: FactoredWeight) -> list[bytes | IntegerPlan]:
     return [*parts, *_grid_parts(weight.codes.grid), plan_integers(weight.codes.integers)]
 
 
-def price_codes(weight: FactoredWeight, radius: int) -> tuple[Float32[np.ndarray, "K prices"], np.ndarray]:
-    """Bits of −radius..radius in each of K contexts, and the context (k, N) of each of the codes.
+def price_codes(weight: FactoredWeight, radius: int) -> tuple[Float32[np.ndarray, "K prices"], np.ndarray, float]:
+    """Bits of −radius..radius in each of K contexts, the context (k, N) of each of the codes, and the stream's bits.
 
     For codes of integers, not for one-hot ones.
     """
@@ -111,12 +111,13 @@ def price_codes(weight: FactoredWeight, radius: int) -> tuple[Float32[np.ndarray
     assert isinstance(codes, Codes)
     integers = codes.integers
     streamed = integers.T.reshape(weight.shape[0], -1) if weight.basis.factors else integers
-    prices = plan_integers(streamed).price(radius)
+    plan = plan_integers(streamed)
+    prices = plan.price(radius)
     contexts = np.minimum(prices.rows[:, None] + prices.columns, len(prices.bits) - 1).astype(np.uint8)
     contexts = np.broadcast_to(contexts, streamed.shape)
     if weight.basis.factors:
         contexts = contexts.reshape(integers.T.shape).T
-    return prices.bits, contexts
+    return prices.bits, contexts, plan.bits.total
 
 
 def encode_weight(weight: FactoredWeight) -> bytes:

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from factorpack._shapes import Float, Float32, Float64, Integer
 from factorpack.factors import (
@@ -30,14 +32,17 @@ from factorpack.factors import (
     steps_of,
 )
 from factorpack.nn.loading import Stored, place_dense
+from factorpack.nn.uses import bound
 from factorpack.runtime.packed import untiled
 
+EMBEDDING = ("input", "weight", "padding_idx", "max_norm")
 LARGEST = 2**20
 """No latent leaves ±2^20 units."""
 
 
-Pricer = Callable[[FactoredWeight], tuple[Float32[np.ndarray, "K prices"], Integer[np.ndarray, "k N"]]]
-"""Of a weight the bits of each integer −radius..radius in each context, and the context of each of its codes."""
+Pricer = Callable[[FactoredWeight], tuple[Float32[np.ndarray, "K prices"], Integer[np.ndarray, "k N"], float]]
+"""Of a weight the bits of each integer −radius..radius in each context, the context of each of its codes, and the bits
+that the coder takes for all of them, tables included."""
 
 
 class _Rounded(torch.autograd.Function):
@@ -94,12 +99,51 @@ def _through(latents: Tensor) -> Tensor:
 
 
 def _parameter(integers: np.ndarray) -> nn.Parameter:
-    return nn.Parameter(torch.from_numpy(np.array(integers, np.float32)))
+    return nn.Parameter(torch.from_numpy(np.array(integers, np.float32, order="C")))
 
 
 def _integers(latents: Tensor) -> np.ndarray:
     rounded = torch.round(latents.detach().clamp(-LARGEST, LARGEST))
     return np.asarray(rounded.to(torch.int32).cpu().numpy())
+
+
+class _LookUps(TorchFunctionMode):
+    """Recombines of some tables only the rows that are looked up; of other uses of them, the whole.
+
+    `tables` are latents by the identity of the parameter that stands for them in the network.
+    """
+
+    def __init__(self, tables: "Mapping[int, TrainableWeight]") -> None:
+        super().__init__()
+        self.tables = tables
+        self.whole: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.embedding:
+            call = bound(EMBEDDING, args, kwargs)
+            latent = self.tables.get(id(call["weight"]))
+            if latent is not None and call.get("max_norm") is None:
+                rows, places = torch.unique(call["input"], return_inverse=True)
+                found = latent.rows_at(rows).to(call["weight"].dtype)
+                if call.get("padding_idx") is not None:
+                    padding = call["padding_idx"] % len(call["weight"])
+                    found = torch.where((rows == padding)[:, None], found.detach(), found)
+                return F.embedding(places, found)
+        if any(id(value) in self.tables for value in (*args, *kwargs.values())):
+            args = tuple(map(self._dense, args))
+            kwargs = {name: self._dense(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+    def _dense(self, value: Any) -> Any:
+        key = id(value)
+        if key not in self.tables:
+            return value
+        if key not in self.whole:
+            self.whole[key] = self.tables[key]().to(value.dtype)
+        return self.whole[key]
 
 
 class TrainableWeight(nn.Module):
@@ -113,10 +157,14 @@ class TrainableWeight(nn.Module):
     indices: Tensor
     prices: Tensor
     places: Tensor
+    contexts: Tensor
+    slopes: Tensor
 
     def __init__(self, weight: FactoredWeight) -> None:
         super().__init__()
         self._first = weight
+        self.coded_bits = 0.0
+        """What the coder took for the codes, tables included, when prices were last taken."""
         codes, basis = weight.codes, weight.basis
         self.octaves = nn.Parameter(torch.zeros(()))
         self.codes = _parameter(codes.integers) if isinstance(codes, Codes) else None
@@ -132,6 +180,8 @@ class TrainableWeight(nn.Module):
             self.register_buffer("indices", torch.from_numpy(codes.indices.astype(np.int64)), persistent=False)
         self.register_buffer("prices", torch.zeros(1, 1), persistent=False)
         self.register_buffer("places", torch.zeros((), dtype=torch.int32), persistent=False)
+        self.register_buffer("contexts", torch.zeros((), dtype=torch.uint8), persistent=False)
+        self.register_buffer("slopes", torch.zeros(()), persistent=False)
 
     def forward(self) -> Float[Tensor, "..."]:
         """The tensor, in its own shape."""
@@ -144,15 +194,44 @@ class TrainableWeight(nn.Module):
             tiles = reduce(torch.kron, [_through(factor) for factor in self.basis]) @ tiles
         return untiled(tiles * self.rows * self.columns, tiling)
 
+    @property
+    def row_by_row(self) -> bool:
+        """Whether rows of the tensor can be recombined without the others."""
+        tiling = self._first.tiling
+        alone = not tiling.depth and not len(self.basis)
+        whole = tiling.depth == tiling.matrix_shape[1]
+        return self.codes is not None and not tiling.transposed and tiling.groups == 1 and (alone or whole)
+
+    def rows_at(self, rows: Integer[Tensor, " rows"]) -> Float[Tensor, "rows n"]:
+        """These rows of the tensor, which is `row_by_row`."""
+        assert self.codes is not None
+        columns = self.columns.expand(self.codes.shape[1])
+        if not self._first.tiling.depth:
+            steps = self.rows.expand(self.codes.shape[0], 1)[rows]
+            return _rounded(self.codes[rows], self.octaves) * steps * columns
+        tiles = _rounded(self.codes[:, rows], self.octaves)
+        if len(self.basis):
+            tiles = reduce(torch.kron, map(_through, self.basis)) @ tiles
+        return (tiles * self.rows * columns[rows]).T
+
+    def stepped_basis(self) -> Float[Tensor, "d k"] | None:
+        """The basis as it is used, in its steps; None where there is none."""
+        if not len(self.basis):
+            return None
+        factors = [_rounded(self.basis[0], self.octaves)] if self.codes is None else map(_through, self.basis)
+        return reduce(torch.kron, factors) * self.rows
+
     def reprice(self, pricer: Pricer) -> None:
         """Takes the prices of `bits` from the integers as they are now."""
         if self.codes is None:
             return
-        bits, contexts = pricer(self.factored())
+        bits, contexts, self.coded_bits = pricer(self.factored())
         width = bits.shape[1]
-        places = contexts.astype(np.int32) * np.int32(width) + np.int32(width // 2)
+        places = np.array(contexts, np.int32, order="C") * np.int32(width) + np.int32(width // 2)
         self.prices = torch.from_numpy(np.ascontiguousarray(bits)).to(self.octaves.device)
         self.places = torch.from_numpy(places).to(self.octaves.device)
+        self.contexts = torch.from_numpy(np.array(contexts, order="C")).to(self.octaves.device)
+        self.take_slopes()
 
     def bits(self) -> Float64[Tensor, ""]:
         """What the codes take at the prices last taken, linear between integers; 0 for codes that are not trained."""
@@ -160,6 +239,32 @@ class TrainableWeight(nn.Module):
             return self.octaves.new_zeros((), dtype=torch.float64)
         found: Tensor = _Priced.apply(self.codes, self.octaves, self.prices, self.places)  # type: ignore[no-untyped-call]
         return found
+
+    @torch.no_grad()
+    def take_slopes(self) -> None:
+        """Takes the slopes of `bits` for `price` where the codes are now."""
+        if self.codes is None:
+            return
+        radius = self.prices.shape[1] // 2
+        slopes = (self.prices[:, 1:] - self.prices[:, :-1]).reshape(-1)
+        at = (self.codes / _unit(self.octaves)).clamp_(-radius, radius - 1).floor_().to(self.places.dtype)
+        # A context has one slope fewer than prices.
+        self.slopes = slopes[at.add_(self.places).sub_(self.contexts)]
+
+    @torch.no_grad()
+    def price(self, rate: float) -> None:
+        """Adds the gradient of λ = `rate` times `bits`, at the slopes taken last, to that of the codes.
+
+        What no sample reached, such as rows of a table that were not looked up, pays nothing: it would be rounded
+        away for the benefit of the rest.
+        """
+        if self.codes is None or self.codes.grad is None:
+            return
+        unit = float(_unit(self.octaves))
+        slopes = self.slopes * (self.codes.grad != 0)
+        if self.octaves.grad is not None:
+            self.octaves.grad -= math.log(2) * rate / unit * torch.dot(slopes.view(-1), self.codes.view(-1))
+        self.codes.grad.add_(slopes, alpha=rate / unit)
 
     def factored(self, threshold: float = 0.5) -> FactoredWeight:
         """The factors at rest. Codes below `threshold` steps are zero."""
@@ -246,6 +351,14 @@ class TrainableModel(nn.Module):
         self.latents = nn.ModuleList(
             [TrainableWeight(t) if isinstance(t, FactoredWeight) else TrainableVector(t) for t in trainable.values()]
         )
+        tied = {*self.aliases, *self.aliases.values()}
+        tables = {f"{name}.weight" for name, module in self.network.named_modules() if isinstance(module, nn.Embedding)}
+        self._tables = {
+            name: latent
+            for name, latent in self.trained().items()
+            if name in tables - tied and isinstance(latent, TrainableWeight) and latent.row_by_row
+        }
+        """Weights of which a batch needs the rows that it looks up."""
         self.reprice()
 
     def train(self, mode: bool = True) -> "TrainableModel":
@@ -260,9 +373,14 @@ class TrainableModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the network returns with these weights."""
         places = dict(self.network.named_parameters(remove_duplicate=False))
-        tensors = {name: latent().to(places[name].dtype) for name, latent in self.trained().items()}
+        latents = self.trained()
+        tensors = {name: latent().to(places[name].dtype) for name, latent in latents.items()
+                   if name not in self._tables}  # fmt: skip
         tensors |= {alias: tensors[name] for alias, name in self.aliases.items() if name in tensors}
-        return functional_call(self.network, tensors, args, kwargs)
+        if not self._tables:
+            return functional_call(self.network, tensors, args, kwargs)
+        with _LookUps({id(places[name]): latent for name, latent in self._tables.items()}):
+            return functional_call(self.network, tensors, args, kwargs)
 
     def reprice(self) -> None:
         """Takes the prices of `bits` from the coder's tables for the integers as they are now."""
@@ -277,6 +395,27 @@ class TrainableModel(nn.Module):
         """
         found = [latent.bits() for latent in self.trained().values() if isinstance(latent, TrainableWeight)]
         return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.float64)
+
+    def codes_count(self) -> int:
+        """How many codes there are in all."""
+        latents = [latent for latent in self.trained().values() if isinstance(latent, TrainableWeight)]
+        return sum(latent.codes.numel() for latent in latents if latent.codes is not None)
+
+    def coded_bytes(self) -> float:
+        """What the coder took for all codes, tables included, when prices were last taken (`reprice`)."""
+        return sum(latent.coded_bits for latent in self.trained().values() if isinstance(latent, TrainableWeight)) / 8
+
+    def price(self, rate: float, fresh: bool = True) -> None:
+        """Adds the gradient of λ = `rate` times `bits` to that of codes that training reached.
+
+        In place of `bits` in the loss: after `backward`, and cheaper. Where it is not `fresh` it takes the slopes of
+        the last time, which have hardly changed after a few steps.
+        """
+        for latent in self.trained().values():
+            if isinstance(latent, TrainableWeight):
+                if fresh:
+                    latent.take_slopes()
+                latent.price(rate)
 
     def factored(self, threshold: float = 0.5) -> dict[str, Stored]:
         """Every tensor of the file at rest."""

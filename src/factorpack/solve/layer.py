@@ -29,6 +29,7 @@ from factorpack.solve.sequential import (
     with_basis,
     with_tap_basis,
 )
+from factorpack.solve.vbmf import rank_of
 from factorpack.tiling import Tiling
 
 FINEST = 1 << 15
@@ -212,16 +213,28 @@ class Layer:
             powers = powers * float(self._row_weights.mean())
         return basis.float(), powers.clamp_min(0)
 
-    def solve_basis(self, form: str, rate: float, pricer: Pricer) -> FactoredWeight:
-        """Form `sparse_pca` or `svd` at λ = `rate`: as many directions as pay for their bytes.
+    @cached_property
+    def _vbmf_rank(self) -> int:
+        return rank_of(self._basis[1].numpy(), self.basis_tiling.tiled_shape)
 
-        A direction of power p saves p/2 and costs its column of the basis and its line of codes, at two bits an
-        entry or so. `svd` keeps fewer than d, and all codes of those.
+    def _svd_rank(self, rate: float, rank_by: str) -> int:
+        depth, count = self.basis_tiling.tiled_shape
+        if rank_by == "vbmf":
+            rank = self._vbmf_rank
+        else:
+            rank = int((0.5 * self._basis[1] > rate * (2 * count + 8 * depth)).sum())
+        return max(1, min(rank, depth - 1))
+
+    def solve_basis(self, form: str, rate: float, pricer: Pricer, rank_by: str = "rate") -> FactoredWeight:
+        """Form `sparse_pca` with all d directions, or `svd` with fewer, and all codes of those, at λ = `rate`.
+
+        By "rate" `svd` has as many directions as pay for their bytes: one of power p saves p/2 and costs its column of
+        the basis and its line of codes, at two bits an entry or so. By "vbmf" it has those that stand out of the noise
+        in the weight as its inputs see it, at every λ alike.
         """
         basis, powers = self._basis
-        depth, count = self.basis_tiling.tiled_shape
-        worth = int((0.5 * powers > rate * (2 * count + 8 * depth)).sum()) if form == "svd" else depth
-        rank = max(1, min(worth, depth - 1 if form == "svd" else depth))
+        depth = self.basis_tiling.tiled_shape[0]
+        rank = self._svd_rank(rate, rank_by) if form == "svd" else depth
         share = max(float(powers[:rank].mean()), 1e-30)
         step = math.sqrt(12 * BASIS_SHARE * rate / (math.log(2) * share))
         found = with_basis(self.scaled, self.basis_tiling, basis[:, :rank], min(step, 0.5 / math.sqrt(depth)))

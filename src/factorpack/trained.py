@@ -30,11 +30,16 @@ def trainable(model: nn.Module, path: str | Path) -> TrainableModel:
     >>> factorpack.save(compressed, "trained.fpk")
     """
     contents, _ = read(Path(path))
+    return trainable_of(model, contents)
+
+
+def trainable_of(model: nn.Module, contents: Contents) -> TrainableModel:
+    """As `trainable`, of what is in a file."""
     pricer = partial(price_codes, radius=PRICED_RADIUS)
     return TrainableModel(model, contents.tensors, contents.dtypes, contents.aliases, pricer)
 
 
-def to_file(model: TrainableModel, size: int | None = None) -> bytes:
+def _to_file(model: TrainableModel, size: int | None) -> bytes:
     """The bytes of the file of a model that was trained; see `save`."""
 
     def written(threshold: float) -> bytes:
@@ -64,6 +69,7 @@ def save(model: TrainableModel, path: str | Path, size: int | None = None) -> No
     """Writes a trained model as a file, complete or not at all; of at most `size` bytes where that is given.
 
     The file decodes to the very tensors that the model computes with, where it need not be made smaller: for that,
-    codes that are nearest to zero are left out. Raises BudgetError where that is not enough.
+    codes that are nearest to zero are left out, which costs much where many are. Raises BudgetError where that is not
+    enough.
     """
-    write(Path(path), to_file(model, size))
+    write(Path(path), _to_file(model, size))

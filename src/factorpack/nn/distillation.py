@@ -1,0 +1,82 @@
+"""What a network in training is held to: its outputs, and what its blocks give out, against those of the original.
+
+Letters: N samples, C classes, E embedding dimensions.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PAIRS = 10.0
+"""Weight of the similarities between samples beside those of each sample to its original."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Of what a network returns and what is expected of it."""
+
+
+def logits_loss(found: Tensor, expected: Tensor) -> Tensor:
+    """The Kullback-Leibler divergence from the distributions of the original's logits, in nats a prediction.
+
+    Both (..., C); the mean over all leading axes (Hinton, Vinyals & Dean 2015, at temperature 1).
+    """
+    classes = found.shape[-1]
+    logs, wanted = (logits.float().reshape(-1, classes).log_softmax(-1) for logits in (found, expected))
+    return F.kl_div(logs, wanted, log_target=True, reduction="batchmean")
+
+
+def embedding_loss(found: Tensor, expected: Tensor) -> Tensor:
+    """1 − cosine to the original's embeddings, and ten times the mean squared error of cosines between samples.
+
+    Both (N, E), or (..., E) with the leading axes taken as samples (similarities of pairs: Park et al. 2019).
+    """
+    size = found.shape[-1]
+    units, wanted = (F.normalize(rows.float().reshape(-1, size), dim=-1) for rows in (found, expected))
+    return (1 - (units * wanted).sum(-1)).mean() + PAIRS * F.mse_loss(units @ units.T, wanted @ wanted.T)
+
+
+LOSSES: dict[str, Loss] = {"logits": logits_loss, "embedding": embedding_loss}
+"""By what a network returns."""
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated parts of a network: elements of its lists and sequences that are made of modules themselves."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            found += [element for element in module if any(True for _ in element.children())]
+    return [block for block in found if not isinstance(block, nn.ModuleList | nn.Sequential)]
+
+
+@contextmanager
+def watched(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
+    """What each of `modules` gives out in the calls made meanwhile, in the order of the calls."""
+    outputs: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: object, found: object) -> None:
+        first = found[0] if isinstance(found, tuple) else found
+        if isinstance(first, Tensor) and first.is_floating_point():
+            outputs.append(first)
+
+    handles = [module.register_forward_hook(keep) for module in modules]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def features_loss(found: list[Tensor], expected: list[Tensor], mask: Tensor | None = None) -> Tensor:
+    """The mean over blocks of the squared error of their outputs, relative to their power (Romero et al. 2015).
+
+    `mask` (N, T) tells which positions of sequences count, in outputs that begin with these axes: what blocks give
+    out where there is but padding nobody reads, and compression lets it go.
+    """
+    errors = []
+    for one, other in zip(found, expected, strict=True):
+        if mask is not None and other.shape[:2] == mask.shape:
+            one, other = one[mask.bool()], other[mask.bool()]  # noqa: PLW2901
+        errors.append(F.mse_loss(one.float(), other.float()) / other.float().square().mean().clamp_min(1e-12))
+    return torch.stack(errors).mean()

@@ -1,0 +1,489 @@
+"""Composition: a compressed file is trained, from lessons to the best file under the size.
+
+States of the network are compared on a slice of the lessons that is held out, each as the file that it would be.
+"""
+
+import csv
+import io
+import json
+import math
+import pickle
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from factorpack.container import Contents, read, to_bytes, write
+from factorpack.errors import BudgetError, TaskError, UnsupportedError
+from factorpack.nn.control import RateController
+from factorpack.nn.distillation import Loss
+from factorpack.nn.lessons import Course, Training, batches_in, hold_out
+from factorpack.nn.loading import identity, place_dense
+from factorpack.nn.prefix import copy_of
+from factorpack.nn.statistics import call_model
+from factorpack.nn.trainable import TrainableModel
+from factorpack.nn.training import Clipper, Learner, Objective, optimiser, warmed_cosine
+from factorpack.pipeline import load
+from factorpack.task import Evaluate, as_scores, checked_output
+from factorpack.trained import trainable_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+SLACK = 0.004
+"""Training aims at a file that is by this part smaller than the promise."""
+LOOK, CODES_A_STEP = 10, 1_000_000
+"""Training steps from one look at the coder's tables, and the size, to the next; more where codes are many."""
+FRESH = 5
+"""Training steps from one look at the slopes of the codes' bits to the next."""
+JUDGEMENTS = 20
+"""So often in a training is the network judged on what is held out."""
+PRECISIONS = ("auto", "no", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What a network learns from: `training(epoch)` yields pairs of a batch and its targets, which may be None.
+
+    `loss(outputs, targets)` is the task's own; `output`, "logits" or "embedding", says how outputs are compared with
+    those of the original network.
+    """
+
+    training: Training
+    loss: Loss | None = None
+    output: str = "logits"
+
+    def __post_init__(self) -> None:
+        checked_output(self.output, "finetune")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How a file is trained: for so many `steps`, `epochs` or `minutes`, one of them.
+
+    `size` is what the new file may take, in bytes; None: what the old one takes. `learning_rate` is that of the codes,
+    in steps of their grids. `distil` is the share of distillation beside the task's loss (None: only where there are
+    no targets, or no loss), `features` the weight of what blocks give out in it, `orthogonality` that of the squared
+    cosines between columns of a basis. `device` is "auto" or what torch calls it; `precision` "auto", "no", "bf16" or
+    "fp16". `resume` goes on where a run of the same options was stopped.
+
+    Raises UnsupportedError for what cannot be.
+    """
+
+    size: int | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    minutes: float | None = None
+    learning_rate: float = 0.01
+    distil: float | None = None
+    features: float = 1.0
+    orthogonality: float = 0.0
+    device: str = "auto"
+    precision: str = "auto"
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        lengths = [length for length in (self.steps, self.epochs, self.minutes) if length is not None]
+        if len(lengths) != 1:
+            raise UnsupportedError("say how long to train, in one way: --minutes 30, --epochs 10 or --steps 5000")
+        if not 0 <= lengths[0] < math.inf:
+            raise UnsupportedError(f"a training is as long as a number says that is not negative, not {lengths[0]}")
+        if self.distil is not None and not 0 <= self.distil <= 1:
+            raise UnsupportedError(f"--distil is a share from 0 to 1, not {self.distil}")
+        for name in ("learning_rate", "features", "orthogonality"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UnsupportedError(f"--{name.replace('_', '-')} is zero or more, not {getattr(self, name)}")
+        if self.precision not in PRECISIONS:
+            raise UnsupportedError(f"{self.precision!r} is no precision: choose {', '.join(PRECISIONS)}")
+        if self.size is not None and self.size < 1:
+            raise UnsupportedError(f"{self.size} bytes are no file")
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a training gave: the file's size and scores, and the losses on held-out batches that chose it.
+
+    `held_loss_before` is that of the file that was given (infinite where that is larger than the size asked for),
+    `held_loss` that of the one that was kept, after `best_step` of `steps`. `seconds` leaves the evaluation out;
+    `ratio` is to the tensors in their own dtypes. `complete` is False where training was stopped.
+    """
+
+    size_bytes: int
+    ratio: float
+    steps: int
+    epoch: int
+    best_step: int
+    held_loss_before: float
+    held_loss: float
+    seconds: float
+    evaluation_seconds: float
+    complete: bool
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+Progress = Callable[[str, int, int], None]
+Note = Callable[[str], None]
+
+
+def _silent(_stage: str, _done: int, _total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def _unheard(_text: str) -> None:
+    """Notes that nobody reads."""
+
+
+def finetune(
+    model: nn.Module,
+    file: str | Path,
+    out: str | Path,
+    lessons: Lessons,
+    options: TrainingOptions,
+    evaluate: Evaluate | None = None,
+) -> TrainingReport:
+    """Trains what is in `file` and writes the best of it to `out`, of at most the size that was asked for.
+
+    `model` is the original network, which is distilled from and left as it was. States are compared on a slice of
+    training(0) that is held out; `evaluate(model)` only tells the score of the file that was kept, loaded back.
+    The folder OUT.training gets a log (log.csv) and, until training is complete, the state to resume from.
+    Raises BudgetError where no state fits the size, FormatError and MismatchError as `load`, TaskError for lessons
+    that cannot be used, UnsupportedError where accelerate is missing.
+
+    >>> lessons = factorpack.Lessons(training=lambda epoch: batches_of(epoch))
+    >>> options = factorpack.TrainingOptions(minutes=30)
+    >>> report = factorpack.finetune(model, "model.fpk", "trained.fpk", lessons, options)
+    """
+    run = Run(model, Path(file), Path(out), lessons, options)
+    run.train()
+    return run.report(evaluate)
+
+
+def accelerator_for(options: TrainingOptions) -> "Accelerator":
+    """Device, precision and processes, by accelerate; UnsupportedError where it is missing or cannot do that."""
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+    except ImportError as error:
+        raise UnsupportedError("training needs accelerate: pip install factorpack[finetune]") from error
+    cpu = options.device == "cpu" or (options.device == "auto" and not torch.cuda.is_available())
+    precision = options.precision
+    if precision == "auto":
+        precision = _precision(cpu)
+    # A network may have parameters that no call uses.
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    try:
+        found = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers)
+    except (ValueError, ImportError) as error:
+        raise UnsupportedError(f"accelerate cannot train so: {error}") from error
+    if options.device not in ("auto", "cpu") and found.device.type != torch.device(options.device).type:
+        raise UnsupportedError(f"--device {options.device} is not there: accelerate found {found.device}")
+    return found
+
+
+def _precision(cpu: bool) -> str:
+    """Half precision where the processor multiplies it natively: bf16, or fp16 on GPUs without."""
+    if not cpu:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    told: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if told.get("avx512_bf16") or told.get("amx_bf16") else "no"
+
+
+@dataclass
+class State:
+    """How far a training has come; kept beside latents and optimiser."""
+
+    step: int = 0
+    seconds: float = 0.0
+    judged: int = 0
+    best_step: int = 0
+    held_loss_before: float = math.inf
+    held_loss: float = math.inf
+
+
+@dataclass(eq=False)
+class Run:
+    """One training of one file; `train` it, then `report`."""
+
+    model: nn.Module
+    file: Path
+    out: Path
+    lessons: Lessons
+    options: TrainingOptions
+    progress: Progress = _silent
+    note: Note = _unheard
+
+    def __post_init__(self) -> None:
+        self._began = time.perf_counter()
+        options, lessons = self.options, self.lessons
+        self.accelerator = accelerator_for(options)
+        if not self.accelerator.is_main_process:
+            self.progress, self.note = _silent, _unheard
+        self.progress("preparing", 0, 1)
+        contents, bill = read(self.file)
+        self.size = options.size or bill.size_bytes
+        held = hold_out(lessons.training)
+        objective = Objective(lessons.output, lessons.loss, options.distil, options.features, options.orthogonality)
+        compressed = trainable_of(copy_of(self.model), contents)
+        learner = Learner(compressed, copy_of(self.model), objective)
+        made = optimiser(compressed, options.learning_rate)
+        self.rates = [group["lr"] for group in made.param_groups]
+        self.learner = learner
+        self.wrapped, self.optimiser = self.accelerator.prepare(learner, made)
+        self.judge = copy_of(self.model).eval().to(self.accelerator.device)
+        self.rest = bill.size_bytes - compressed.coded_bytes()
+        self.look = max(LOOK, compressed.codes_count() // CODES_A_STEP)
+        self.controller = RateController(compressed.codes_count(), max(self.size * (1 - SLACK) - self.rest, 1.0))
+        self.clipper = Clipper()
+        processes = self.accelerator.num_processes
+        self.course = Course(lessons.training, held, processes=processes, process=self.accelerator.process_index)
+        self.steps = options.steps
+        if options.epochs is not None:
+            self.steps = math.ceil(options.epochs * batches_in(lessons.training) / processes)
+        self.layout = self._layout()
+        self.state = State()
+        self.complete = False
+        self.losses: list[float] = []
+        self._judging = 0.0
+        self._now = self._reserve = 0.0
+        folder = self.out.with_name(self.out.name + ".training")
+        self._log, self._kept = folder / "log.csv", folder / "state.pt"
+        self.progress("preparing", 1, 1)
+
+    # --- what is trained ------------------------------------------------------------------------------------------
+
+    @property
+    def compressed(self) -> TrainableModel:
+        return self.learner.model
+
+    def _layout(self) -> torch.memory_format:
+        """Channels last where the network takes it, which convolutions are faster in."""
+        batch = self.course.held.lessons[0][0]
+        try:
+            with torch.no_grad():
+                call_model(self.judge, self._moved(batch, torch.channels_last))
+        except RuntimeError:
+            return torch.contiguous_format
+        return torch.channels_last
+
+    def _moved(self, part: Any, layout: torch.memory_format) -> Any:
+        if isinstance(part, Mapping):
+            return {name: self._moved(value, layout) for name, value in part.items()}
+        if isinstance(part, tuple | list):
+            return tuple(self._moved(value, layout) for value in part)
+        if not isinstance(part, Tensor):
+            return part
+        moved = part.to(self.accelerator.device, non_blocking=True)
+        return moved.contiguous(memory_format=layout) if part.ndim == 4 and part.is_floating_point() else moved
+
+    # --- the loop -------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Trains until the end that the options give; what is stopped before has left its best file in `out`."""
+        self._resume_or_begin()
+        state = self.state
+        while not self._over():
+            if state.step % self.look == 0:
+                self.compressed.reprice()
+                if state.step and self._done() * JUDGEMENTS >= state.judged + 1 and self._fits():
+                    self._judge()
+                    self._keep()
+                self.controller.seen(self.compressed.coded_bytes())
+            self._step()
+        self.compressed.reprice()
+        self._judge()
+        self.complete = True
+        if not self.accelerator.is_main_process:
+            return
+        if not math.isfinite(state.held_loss):
+            raise BudgetError(
+                f"{self.size:,} bytes were not reached in {state.step} steps, {self._expected():,} at the end: train "
+                f"for longer, start from a smaller file (factorpack compress --size {self.size}), or ask for more"
+            )
+        self._kept.unlink(missing_ok=True)
+
+    def _take_time(self) -> None:
+        """Reads the clock; all processes go by that of the main one, so that they stop together."""
+        told = torch.tensor([self._elapsed(), self._judging], dtype=torch.float32, device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast
+
+            told = broadcast(told)
+        self._now, self._reserve = told.tolist()
+
+    def _done(self) -> float:
+        """The part of the training that is over."""
+        if self.steps is not None:
+            return self.state.step / self.steps if self.steps else 1.0
+        assert self.options.minutes is not None
+        # The last judgement has to fit in.
+        limit = 60 * self.options.minutes - 1.5 * self._reserve
+        return self._now / limit if limit > 0 else 1.0
+
+    def _over(self) -> bool:
+        if self.steps is None:
+            self._take_time()
+        shown = self._now if self.steps is None else self.state.step
+        total = 60 * self.options.minutes if self.options.minutes is not None else self.steps or 0
+        if self.state.step % 5 == 0:
+            self.progress("training", int(min(shown, total)), int(total))
+        return self._done() >= 1
+
+    def _step(self) -> None:
+        factor = warmed_cosine(self._done())
+        for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+            group["lr"] = factor * rate
+        batch, targets = next(self.course)
+        self.optimiser.zero_grad()
+        loss = self.wrapped(self._moved(batch, self.layout), self._moved(targets, torch.contiguous_format))
+        if not bool(torch.isfinite(loss)):
+            raise TaskError(f"the loss of a batch of epoch {self.course.epoch} is not finite: is its data?")
+        self.accelerator.backward(loss)
+        parameters = list(self.compressed.parameters())
+        if self.clipper(lambda limit: self.accelerator.clip_grad_norm_(parameters, limit)):
+            if self.accelerator.num_processes > 1:
+                loss = self.accelerator.reduce(loss.detach(), "mean")
+            self.controller.heard(loss.item())
+            self.compressed.price(self.controller.rate, fresh=self.state.step % FRESH == 0)
+            self.losses.append(loss.item())
+            self.optimiser.step()
+        self.state.step += 1
+
+    def _expected(self) -> int:
+        """Bytes of the file as it would be now."""
+        return math.ceil(self.compressed.coded_bytes() + self.rest)
+
+    def _fits(self) -> bool:
+        """Whether a file would be small enough; until late in the training a judgement can wait for that."""
+        return self._expected() <= self.size or self._done() * JUDGEMENTS >= self.state.judged + 2
+
+    # --- what is kept ---------------------------------------------------------------------------------------------
+
+    def _judge(self) -> None:
+        """The loss of the file as it would be now, on what is held out; the best is written to `out`."""
+        state, began = self.state, time.perf_counter()
+        state.judged = math.floor(self._done() * JUDGEMENTS)
+        contents = Contents(self.compressed.factored(), self.compressed.dtypes, self.compressed.aliases)
+        data = to_bytes(contents)
+        # Small tensors and bases take other bytes than before, by little.
+        self.rest = len(data) - self.compressed.coded_bytes()
+        self.controller.goal = max(self.size * (1 - SLACK) - self.rest, 1.0)
+        if not self.accelerator.is_main_process:
+            self.accelerator.wait_for_everyone()
+            return
+        loss = self._held_loss(contents) if len(data) <= self.size else math.inf
+        if loss < state.held_loss:
+            state.held_loss, state.best_step = loss, state.step
+            write(self.out, data)
+        self._told(loss, len(data))
+        self._judging = time.perf_counter() - began
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def _held_loss(self, contents: Contents) -> float:
+        """The mean loss over the held-out batches of the network that is in the file."""
+        place_dense(self.judge, contents.tensors, contents.dtypes, contents.aliases)
+        total = 0.0
+        for batch, targets in self.course.held.lessons:
+            moved = self._moved(batch, self.layout)
+            total += self.learner.loss(self.judge, moved, self._moved(targets, torch.contiguous_format)).item()
+        return total / len(self.course.held.lessons)
+
+    def report(self, evaluate: Evaluate | None) -> TrainingReport:
+        """On the file that was kept, read back from disk; `evaluate` scores it."""
+        seconds = self._elapsed()
+        _, bill = read(self.out)
+        began = time.perf_counter()
+        scores = as_scores(evaluate(load(self.out, copy_of(self.model))), "finetune") if evaluate else {}
+        evaluation = time.perf_counter() - began if evaluate else 0.0
+        state, dense = self.state, sum(tensor.numel() * tensor.itemsize for tensor in _distinct(self.model))
+        return TrainingReport(
+            bill.size_bytes, dense / bill.size_bytes, state.step, self.course.epoch, state.best_step,
+            state.held_loss_before, state.held_loss, seconds, evaluation, self.complete, scores,
+        )  # fmt: skip
+
+    def _resume_or_begin(self) -> None:
+        """Takes up the state that was kept, or judges the file that was given, which is the best one so far."""
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        if self.options.resume and self._kept.exists():
+            self._take_up()
+            return
+        if self.options.resume:
+            self.note(f"there is nothing to resume in {self._kept.parent}: training starts from the file")
+        if self.accelerator.is_main_process:
+            self._log.unlink(missing_ok=True)
+            self._kept.unlink(missing_ok=True)
+        self._judge()
+        self.state.held_loss_before = self.state.held_loss
+
+    def _key(self) -> str:
+        """Of what a state belongs to."""
+        options = {name: value for name, value in asdict(self.options).items() if name not in ("resume", "device")}
+        told = json.dumps([options, self.lessons.output, self.accelerator.num_processes], sort_keys=True)
+        return sha256(told.encode() + self.file.read_bytes()).hexdigest()
+
+    def _keep(self) -> None:
+        """Keeps all that the rest of the training depends on, complete or not at all."""
+        if not self.accelerator.is_main_process:
+            return
+        kept = {
+            "key": self._key(), "state": asdict(self.state) | {"seconds": self._elapsed()},
+            "place": [self.course.epoch, self.course.place], "controller": asdict(self.controller),
+            "rest": self.rest, "usual": self.clipper.usual, "latents": self.compressed.latents.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+        }  # fmt: skip
+        data = io.BytesIO()
+        torch.save(kept, data)
+        write(self._kept, data.getvalue())
+
+    def _take_up(self) -> None:
+        try:
+            kept = torch.load(self._kept, map_location=self.accelerator.device, weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise UnsupportedError(f"{self._kept} cannot be read ({error}): start again without --resume") from error
+        if kept["key"] != self._key():
+            raise UnsupportedError(
+                f"{self._kept} is of another file, or of other options: give those that it was begun with, or start "
+                f"again without --resume"
+            )
+        self.compressed.latents.load_state_dict(kept["latents"])
+        self.optimiser.load_state_dict(kept["optimiser"])
+        self.state = State(**kept["state"])
+        self.course.epoch, self.course.place = kept["place"]
+        self.controller = RateController(**kept["controller"])
+        self.clipper, self.rest = Clipper(kept["usual"]), kept["rest"]
+        self.note(f"going on from step {self.state.step}")
+
+    def _elapsed(self) -> float:
+        """Seconds since the training began, all runs of it together."""
+        return self.state.seconds + time.perf_counter() - self._began
+
+    def _told(self, loss: float, size: int) -> None:
+        """A line of the log, and one for whoever watches."""
+        state, losses = self.state, self.losses
+        mean = sum(losses) / len(losses) if losses else math.nan
+        row = {
+            "step": state.step, "epoch": self.course.epoch, "seconds": round(self._elapsed(), 1),
+            "loss": mean, "held_loss": loss, "size_bytes": size, "rate": self.controller.rate,
+            "learning_rate": self.options.learning_rate * warmed_cosine(self._done()),
+        }  # fmt: skip
+        line = io.StringIO()
+        writer = csv.DictWriter(line, list(row))
+        if not self._log.exists():
+            writer.writeheader()
+        writer.writerow(row)
+        with self._log.open("a", encoding="utf-8", newline="") as log:
+            log.write(line.getvalue())
+        self.losses.clear()
+        held = f"held-out loss {loss:.4f}" if math.isfinite(loss) else f"more than {self.size:,} bytes"
+        best = ", the best so far" if state.best_step == state.step and math.isfinite(loss) else ""
+        self.note(f"step {state.step}, epoch {row['epoch']}: {held}, {size:,} bytes{best}")
+
+
+def _distinct(model: nn.Module) -> list[Tensor]:
+    """The tensors of a network's state, each tied one once."""
+    return list({identity(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}.values())

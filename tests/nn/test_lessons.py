@@ -1,0 +1,95 @@
+"""Lessons: what is held out never comes again, and an epoch is taken up in its middle."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from factorpack.errors import TaskError
+from factorpack.nn.lessons import Course, batches_in, hold_out, samples_in
+
+
+def shuffled(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """64 batches of 4 numbered samples."""
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(epoch))
+    return ((part[:, None].float(), part) for part in order.split(4))
+
+
+def seen(course: Course, batches: int) -> list[int]:
+    return [int(sample) for _ in range(batches) for sample in next(course)[1]]
+
+
+def test_what_is_held_out_does_not_come_again() -> None:
+    held = hold_out(shuffled)
+    assert batches_in(shuffled) == 64
+    assert len(held.lessons) == 4
+    apart = {int(sample) for _, targets in held.lessons for sample in targets}
+    course = Course(shuffled, held)
+    found: set[int] = set()
+    while course.epoch < 3:
+        batch, targets = next(course)
+        assert torch.equal(batch[:, 0].long(), targets)
+        found |= set(targets.tolist())
+    assert len(apart) == 16
+    assert found == set(range(256)) - apart
+
+
+def test_at_most_sixteen_batches_are_held_out() -> None:
+    assert len(hold_out(lambda _: ((torch.tensor([[float(n)]]), None) for n in range(1000))).lessons) == 16
+    assert len(hold_out(lambda _: ((torch.tensor([[float(n)]]), None) for n in range(2))).lessons) == 1
+
+
+def test_a_course_is_taken_up_where_it_was_left() -> None:
+    held = hold_out(shuffled)
+    whole = Course(shuffled, held)
+    seen(whole, 70)
+    epoch, place = whole.epoch, whole.place
+    assert epoch == 1
+    assert seen(Course(shuffled, held, epoch, place), 100) == seen(whole, 100)
+
+
+def test_processes_share_the_batches_of_an_epoch() -> None:
+    held = hold_out(shuffled)
+    whole = seen(Course(shuffled, held), 40)
+    parts = [Course(shuffled, held, processes=2, process=process) for process in range(2)]
+    together = [sample for _ in range(20) for part in parts for sample in next(part)[1].tolist()]
+    assert together == whole
+
+
+def padded(sentences: list[list[int]]) -> dict[str, torch.Tensor]:
+    width = max(map(len, sentences))
+    mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sentences])
+    return {"input_ids": torch.tensor([s + [0] * (width - len(s)) for s in sentences]), "attention_mask": mask}
+
+
+def test_a_sentence_is_the_same_with_other_padding() -> None:
+    epochs = [
+        [padded([[5, 6], [7]]), padded([[8, 9, 1]])],
+        [padded([[8, 9, 1], [7]]), padded([[5, 6], [4, 4]])],
+    ]
+    held = hold_out(lambda epoch: ((batch, None) for batch in epochs[epoch]))
+    course = Course(lambda epoch: ((batch, None) for batch in epochs[epoch]), held, epoch=1)
+    first, second = next(course)[0], next(course)[0]
+    assert first["input_ids"].tolist() == [[8, 9, 1]]
+    assert second["input_ids"].tolist() == [[4, 4]]
+    assert samples_in(first) == 1
+
+
+@pytest.mark.parametrize(
+    ("training", "told"),
+    [
+        (lambda _: iter(()), "0 batches"),
+        (lambda _: iter([(torch.ones(1), None)]), "1 batches"),
+        (lambda _: iter([torch.ones(2), torch.ones(2)]), "pairs"),
+    ],
+)
+def test_lessons_that_cannot_be_used_are_refused(training, told) -> None:
+    with pytest.raises(TaskError, match=told):
+        hold_out(training)
+
+
+def test_an_epoch_that_is_all_held_out_is_refused() -> None:
+    held = hold_out(shuffled)
+    course = Course(lambda _: iter(held.lessons), held)
+    with pytest.raises(TaskError, match="held out"):
+        next(course)
