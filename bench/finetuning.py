@@ -22,7 +22,7 @@ from factorpack.cli import parse_size
 from factorpack.nn.control import RateController
 from factorpack.nn.trainable import TrainableWeight
 from factorpack.task import load_task
-from factorpack.training import Lessons, Run, TrainingOptions
+from factorpack.training import Run
 
 
 class Free(RateController):
@@ -93,8 +93,8 @@ def main() -> None:
             start, out = time.perf_counter(), Path(folder) / "trained.fpk"
             torch.manual_seed(0)
             run = Run(
-                task.model(), first, out, Lessons(task.training, task.loss, task.output),
-                TrainingOptions(steps=arguments.steps, **chosen),
+                task.model(), first, out, factorpack.Lessons(task.training, task.loss, task.output),
+                factorpack.TrainingOptions(steps=arguments.steps, **chosen),
             )  # fmt: skip
             change(run)
             run.train()

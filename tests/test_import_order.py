@@ -34,6 +34,7 @@ COMPOSITION = {
     "cache": {"cli", "curve"},
     "curve": {"cli"},
     "trained": {"training"},
+    "training_options": {"cli", "training"},
     "training": {"cli"},
     "cli": set(),
     "__init__": {"cli"},

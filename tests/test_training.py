@@ -22,7 +22,8 @@ import factorpack
 from factorpack.errors import BudgetError, TaskError, UnsupportedError
 from factorpack.search import Options
 from factorpack.task import Task, load_task
-from factorpack.training import Lessons, TrainingOptions, finetune
+from factorpack.training import finetune
+from factorpack.training_options import Lessons, TrainingOptions
 
 COMMAND = "from factorpack.cli import main; main()"
 SOURCE = str(Path(factorpack.__file__).parents[1])
@@ -152,13 +153,14 @@ def test_a_loss_of_the_task_is_minimised_where_there_are_targets(task: Task, fil
 
     def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         heard.append(tuple(targets.shape))
-        return F.cross_entropy(outputs, targets)
+        # Far from what the original network does.
+        return F.cross_entropy(-outputs, targets)
 
     options = TrainingOptions(steps=200, learning_rate=0.02)
     finetune(task.model(), file, tmp_path / "a.fpk", Lessons(with_classes(task), loss), options)
     assert heard
     rows = logged(tmp_path / "a.fpk")
-    assert float(rows[-1]["loss"]) < float(rows[1]["loss"])
+    assert float(rows[-1]["loss"]) < 0.7 * float(rows[1]["loss"])
     heard.clear()
     finetune(
         task.model(), file, tmp_path / "b.fpk", Lessons(with_classes(task), loss), TrainingOptions(steps=2, distil=1.0)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from factorpack.pipeline import PackedModel, Report, compress, load, load_state_dict
     from factorpack.search import Options
     from factorpack.trained import save, trainable
-    from factorpack.training import Lessons, TrainingOptions, TrainingReport, finetune
+    from factorpack.training import finetune
+    from factorpack.training_options import Lessons, TrainingOptions, TrainingReport
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,13 +47,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Lessons": "factorpack.training",
+    "Lessons": "factorpack.training_options",
     "Options": "factorpack.search",
     "PackedModel": "factorpack.pipeline",
     "Report": "factorpack.pipeline",
     "TrainableModel": "factorpack.nn.trainable",
-    "TrainingOptions": "factorpack.training",
-    "TrainingReport": "factorpack.training",
+    "TrainingOptions": "factorpack.training_options",
+    "TrainingReport": "factorpack.training_options",
     "compress": "factorpack.pipeline",
     "finetune": "factorpack.training",
     "kept_dense": "factorpack.nn.loading",

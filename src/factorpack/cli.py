@@ -395,7 +395,8 @@ def finetune(
     The network learns from the task's training(epoch). Ctrl-C leaves the best file so far.
     """
     from factorpack.task import load_task
-    from factorpack.training import Lessons, Run, TrainingOptions
+    from factorpack.training import Run
+    from factorpack.training_options import Lessons, TrainingOptions
 
     _check_folder(out, "--out")
     options = TrainingOptions(
@@ -409,7 +410,7 @@ def finetune(
         try:
             run.train()
         except KeyboardInterrupt:
-            if not out.exists():
+            if not isfinite(run.state.held_loss):
                 raise
             _note(f"stopped: {out} is the best file so far; --resume goes on")
     if not run.accelerator.is_main_process:

@@ -10,7 +10,7 @@ import math
 import pickle
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from factorpack.container import Contents, read, to_bytes, write
 from factorpack.errors import BudgetError, TaskError, UnsupportedError
 from factorpack.nn.control import RateController
-from factorpack.nn.distillation import Loss
-from factorpack.nn.lessons import Course, Training, batches_in, hold_out
+from factorpack.nn.lessons import Course, batches_in, hold_out
 from factorpack.nn.loading import identity, place_dense
 from factorpack.nn.prefix import copy_of
 from factorpack.nn.statistics import call_model
 from factorpack.nn.trainable import TrainableModel
 from factorpack.nn.training import Clipper, Learner, Objective, optimiser, warmed_cosine
 from factorpack.pipeline import load
-from factorpack.task import Evaluate, as_scores, checked_output
+from factorpack.task import Evaluate, as_scores
 from factorpack.trained import trainable_of
+from factorpack.training_options import Lessons, TrainingOptions, TrainingReport
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,88 +43,6 @@ FRESH = 5
 """Training steps from one look at the slopes of the codes' bits to the next."""
 JUDGEMENTS = 20
 """So often in a training is the network judged on what is held out."""
-PRECISIONS = ("auto", "no", "bf16", "fp16")
-
-
-@dataclass(frozen=True)
-class Lessons:
-    """What a network learns from: `training(epoch)` yields pairs of a batch and its targets, which may be None.
-
-    `loss(outputs, targets)` is the task's own; `output`, "logits" or "embedding", says how outputs are compared with
-    those of the original network.
-    """
-
-    training: Training
-    loss: Loss | None = None
-    output: str = "logits"
-
-    def __post_init__(self) -> None:
-        checked_output(self.output, "finetune")
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How a file is trained: for so many `steps`, `epochs` or `minutes`, one of them.
-
-    `size` is what the new file may take, in bytes; None: what the old one takes. `learning_rate` is that of the codes,
-    in steps of their grids. `distil` is the share of distillation beside the task's loss (None: only where there are
-    no targets, or no loss), `features` the weight of what blocks give out in it, `orthogonality` that of the squared
-    cosines between columns of a basis. `device` is "auto" or what torch calls it; `precision` "auto", "no", "bf16" or
-    "fp16". `resume` goes on where a run of the same options was stopped.
-
-    Raises UnsupportedError for what cannot be.
-    """
-
-    size: int | None = None
-    steps: int | None = None
-    epochs: float | None = None
-    minutes: float | None = None
-    learning_rate: float = 0.01
-    distil: float | None = None
-    features: float = 1.0
-    orthogonality: float = 0.0
-    device: str = "auto"
-    precision: str = "auto"
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        lengths = [length for length in (self.steps, self.epochs, self.minutes) if length is not None]
-        if len(lengths) != 1:
-            raise UnsupportedError("say how long to train, in one way: --minutes 30, --epochs 10 or --steps 5000")
-        if not 0 <= lengths[0] < math.inf:
-            raise UnsupportedError(f"a training is as long as a number says that is not negative, not {lengths[0]}")
-        if self.distil is not None and not 0 <= self.distil <= 1:
-            raise UnsupportedError(f"--distil is a share from 0 to 1, not {self.distil}")
-        for name in ("learning_rate", "features", "orthogonality"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UnsupportedError(f"--{name.replace('_', '-')} is zero or more, not {getattr(self, name)}")
-        if self.precision not in PRECISIONS:
-            raise UnsupportedError(f"{self.precision!r} is no precision: choose {', '.join(PRECISIONS)}")
-        if self.size is not None and self.size < 1:
-            raise UnsupportedError(f"{self.size} bytes are no file")
-
-
-@dataclass(frozen=True)
-class TrainingReport:
-    """What a training gave: the file's size and scores, and the losses on held-out batches that chose it.
-
-    `held_loss_before` is that of the file that was given (infinite where that is larger than the size asked for),
-    `held_loss` that of the one that was kept, after `best_step` of `steps`. `seconds` leaves the evaluation out;
-    `ratio` is to the tensors in their own dtypes. `complete` is False where training was stopped.
-    """
-
-    size_bytes: int
-    ratio: float
-    steps: int
-    epoch: int
-    best_step: int
-    held_loss_before: float
-    held_loss: float
-    seconds: float
-    evaluation_seconds: float
-    complete: bool
-    scores: Mapping[str, float] = field(default_factory=dict)
-
 
 Progress = Callable[[str, int, int], None]
 Note = Callable[[str], None]
@@ -149,7 +67,7 @@ def finetune(
     """Trains what is in `file` and writes the best of it to `out`, of at most the size that was asked for.
 
     `model` is the original network, which is distilled from and left as it was. States are compared on a slice of
-    training(0) that is held out; `evaluate(model)` only tells the score of the file that was kept, loaded back.
+    training() that is held out; `evaluate(model)` only tells the score of the file that was kept, loaded back.
     The folder OUT.training gets a log (log.csv) and, until training is complete, the state to resume from.
     Raises BudgetError where no state fits the size, FormatError and MismatchError as `load`, TaskError for lessons
     that cannot be used, UnsupportedError where accelerate is missing.
@@ -350,6 +268,9 @@ class Run:
             self.controller.heard(loss.item())
             self.compressed.price(self.controller.rate, fresh=self.state.step % FRESH == 0)
             self.losses.append(loss.item())
+            self.optimiser.step()
+        elif self.accelerator.scaler is not None:
+            # In fp16: the step is skipped, and the scale of the loss lowered.
             self.optimiser.step()
         self.state.step += 1
 

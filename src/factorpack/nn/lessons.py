@@ -18,6 +18,9 @@ HELD_SHARE = 1 / 16
 """Part of an epoch that is held out to choose between states of the network."""
 MOST_HELD = 16
 """Batches that are held out at most."""
+HELD_EPOCH = 1_000_003
+"""What is held out is drawn from an epoch that training does not come to. Samples of epoch 0 are often those that
+calibration drew with the same seed: compression knows them already, and they judge a file too kindly."""
 MASK = "attention_mask"
 """Where a batch has one, padding is told by it, and two samples that differ in padding alone are one."""
 
@@ -95,19 +98,19 @@ def batches_in(training: Training) -> int:
 
 
 def hold_out(training: Training) -> Held:
-    """The first batches of epoch 0, held out: a sixteenth of them, at most 16.
+    """The first batches of an epoch of its own (`HELD_EPOCH`), held out: a sixteenth of them, at most 16.
 
     What comes again, as it is, in other batches is left out there; what is augmented anew in each epoch is not
     recognised. Raises TaskError for an epoch of fewer than two batches.
     """
     first: list[Lesson] = []
     count = 0
-    for lesson in islice(_epoch(training, 0), int(MOST_HELD / HELD_SHARE)):
+    for lesson in islice(_epoch(training, HELD_EPOCH), int(MOST_HELD / HELD_SHARE)):
         if count < MOST_HELD:
             first.append(lesson)
         count += 1
     if count < 2:
-        raise TaskError(f"training(0) has {count} batches: at least two are needed, one of them to judge by")
+        raise TaskError(f"an epoch of training() has {count} batches: at least two are needed, one of them to judge by")
     lessons = first[: max(1, int(count * HELD_SHARE))]
     return Held(lessons, frozenset(found for batch, _ in lessons for found in _fingerprints(batch)))
 
