@@ -39,30 +39,31 @@ def trainable_of(model: nn.Module, contents: Contents) -> TrainableModel:
     return TrainableModel(model, contents.tensors, contents.dtypes, contents.aliases, pricer)
 
 
-def _to_file(model: TrainableModel, size: int | None) -> bytes:
-    """The bytes of the file of a model that was trained; see `save`."""
+def within(model: TrainableModel, size: int | None) -> tuple[bytes, Contents]:
+    """The file of a model that was trained, of at most `size` bytes, and what is in it; see `save`."""
 
-    def written(threshold: float) -> bytes:
-        return to_bytes(Contents(model.factored(threshold), model.dtypes, model.aliases))
+    def written(threshold: float) -> tuple[bytes, Contents]:
+        contents = Contents(model.factored(threshold), model.dtypes, model.aliases)
+        return to_bytes(contents), contents
 
-    data = written(0.5)
-    if size is None or len(data) <= size:
-        return data
+    found = written(0.5)
+    if size is None or len(found[0]) <= size:
+        return found
     low, high = 0.5, LARGEST_THRESHOLD
-    data = written(high)
-    if len(data) > size:
+    found = written(high)
+    if len(found[0]) > size:
         raise BudgetError(
-            f"{size:,} bytes cannot be met: the trained model takes {len(data):,} bytes with all codes below one step "
-            f"left out; give bits() more weight in the loss, start from a smaller file, or ask for more"
+            f"{size:,} bytes cannot be met: the trained model takes {len(found[0]):,} bytes with all codes below one "
+            f"step left out; give bits() more weight in the loss, start from a smaller file, or ask for more"
         )
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         tried = written(middle)
-        if len(tried) <= size:
-            data, high = tried, middle
+        if len(tried[0]) <= size:
+            found, high = tried, middle
         else:
             low = middle
-    return data
+    return found
 
 
 def save(model: TrainableModel, path: str | Path, size: int | None = None) -> None:
@@ -72,4 +73,4 @@ def save(model: TrainableModel, path: str | Path, size: int | None = None) -> No
     codes that are nearest to zero are left out, which costs much where many are. Raises BudgetError where that is not
     enough.
     """
-    write(Path(path), _to_file(model, size))
+    write(Path(path), within(model, size)[0])

@@ -10,6 +10,7 @@ import math
 import pickle
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -29,7 +30,7 @@ from factorpack.nn.trainable import TrainableModel
 from factorpack.nn.training import Clipper, Learner, Objective, optimiser, warmed_cosine
 from factorpack.pipeline import load
 from factorpack.task import Evaluate, as_scores
-from factorpack.trained import trainable_of
+from factorpack.trained import trainable_of, within
 from factorpack.training_options import Lessons, TrainingOptions, TrainingReport
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 SLACK = 0.004
 """Training aims at a file that is by this part smaller than the promise."""
+TRIMMED = 0.002
+"""A file that is larger than the promise by at most this part is judged without its codes nearest to zero. Early in a
+training, when few of them are near, that costs much; then it loses against the states before it."""
 LOOK, CODES_A_STEP = 10, 1_000_000
 """Training steps from one look at the coder's tables, and the size, to the next; more where codes are many."""
 FRESH = 5
@@ -296,6 +300,9 @@ class Run:
         if not self.accelerator.is_main_process:
             self.accelerator.wait_for_everyone()
             return
+        if self.size < len(data) <= self.size * (1 + TRIMMED):
+            with suppress(BudgetError):
+                data, contents = within(self.compressed, self.size)
         loss = self._held_loss(contents) if len(data) <= self.size else math.inf
         if loss < state.held_loss:
             state.held_loss, state.best_step = loss, state.step

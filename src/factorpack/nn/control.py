@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 SMOOTHING = 0.05
 """Part of the running loss that a new one makes up."""
-INTEGRAL, PROPORTIONAL = 4.0, 200.0
+INTEGRAL, PROPORTIONAL = 10.0, 100.0
 """By how much log λ grows at each look, and stands above that, for a file that is larger by its whole size."""
 LARGEST_TURN = 0.3
 """Of log λ, at one look."""
