@@ -29,9 +29,9 @@ ALLOWED = {
 }
 """By the first name below the package; what is missing here is composition."""
 COMPOSITION = {
-    "search": {"cli", "curve", "cache", "pipeline"},
+    "search": {"cli", "curve", "cache", "pipeline", "training"},
     "pipeline": {"cli", "curve", "cache", "training"},
-    "cache": {"cli", "curve"},
+    "cache": {"cli", "curve", "training"},
     "curve": {"cli"},
     "trained": {"training"},
     "training_options": {"cli", "training"},

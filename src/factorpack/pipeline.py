@@ -28,7 +28,7 @@ from factorpack.task import Evaluate, Scores, as_scores, checked_output
 MODES = ("dense", "on-the-fly")
 
 
-def _silent(_stage: str, _done: int, _total: int) -> None:
+def silent(_stage: str, _done: int, _total: int) -> None:
     """Progress that nobody watches."""
 
 
@@ -97,7 +97,7 @@ class Source:
     batches: Sequence[object] | None = None
     output: str = "logits"
 
-    def state(self, options: Options, progress: Progress = _silent, keep: Keep = lambda take: take()) -> State:
+    def state(self, options: Options, progress: Progress = silent, keep: Keep = lambda take: take()) -> State:
         """What is to be stored, and what calibration says of it.
 
         Works on a copy of the network, in eval mode, with its batch norms folded unless the options keep them.
@@ -188,7 +188,7 @@ def compress(
     batches = None if calibration is None else list(calibration)
     with one_thread():
         state = Source(model, batches, output).state(chosen)
-        packed = pack(state, size, chosen, _silent)
+        packed = pack(state, size, chosen, silent)
     seconds = time.perf_counter() - start
 
     def score(path: Path) -> Scores:

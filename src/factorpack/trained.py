@@ -39,18 +39,19 @@ def trainable_of(model: nn.Module, contents: Contents) -> TrainableModel:
     return TrainableModel(model, contents.tensors, contents.dtypes, contents.aliases, pricer)
 
 
-def within(model: TrainableModel, size: int | None) -> tuple[bytes, Contents]:
-    """The file of a model that was trained, of at most `size` bytes, and what is in it; see `save`."""
+def written(model: TrainableModel, threshold: float = 0.5) -> tuple[bytes, Contents]:
+    """The file of a model in training, codes below `threshold` steps left out, and what is in it."""
+    contents = Contents(model.factored(threshold), model.dtypes, model.aliases)
+    return to_bytes(contents), contents
 
-    def written(threshold: float) -> tuple[bytes, Contents]:
-        contents = Contents(model.factored(threshold), model.dtypes, model.aliases)
-        return to_bytes(contents), contents
 
-    found = written(0.5)
-    if size is None or len(found[0]) <= size:
-        return found
+def trimmed(model: TrainableModel, size: int) -> tuple[bytes, Contents]:
+    """As `written`, for a model that is too large, with as few codes left out as bring it to at most `size` bytes.
+
+    Raises BudgetError where those below one step are not enough.
+    """
     low, high = 0.5, LARGEST_THRESHOLD
-    found = written(high)
+    found = written(model, high)
     if len(found[0]) > size:
         raise BudgetError(
             f"{size:,} bytes cannot be met: the trained model takes {len(found[0]):,} bytes with all codes below one "
@@ -58,7 +59,7 @@ def within(model: TrainableModel, size: int | None) -> tuple[bytes, Contents]:
         )
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        tried = written(middle)
+        tried = written(model, middle)
         if len(tried[0]) <= size:
             found, high = tried, middle
         else:
@@ -73,4 +74,7 @@ def save(model: TrainableModel, path: str | Path, size: int | None = None) -> No
     codes that are nearest to zero are left out, which costs much where many are. Raises BudgetError where that is not
     enough.
     """
-    write(Path(path), within(model, size)[0])
+    data, _ = written(model)
+    if size is not None and len(data) > size:
+        data, _ = trimmed(model, size)
+    write(Path(path), data)

@@ -9,9 +9,10 @@ import json
 import math
 import pickle
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from factorpack.container import Contents, read, to_bytes, write
+from factorpack.cache import Note
+from factorpack.container import Contents, read, write
 from factorpack.errors import BudgetError, TaskError, UnsupportedError
 from factorpack.nn.control import RateController
 from factorpack.nn.lessons import Course, batches_in, hold_out
@@ -28,9 +30,10 @@ from factorpack.nn.prefix import copy_of
 from factorpack.nn.statistics import call_model
 from factorpack.nn.trainable import TrainableModel
 from factorpack.nn.training import Clipper, Learner, Objective, optimiser, warmed_cosine
-from factorpack.pipeline import load
+from factorpack.pipeline import load, silent
+from factorpack.search import Progress
 from factorpack.task import Evaluate, as_scores
-from factorpack.trained import trainable_of, within
+from factorpack.trained import trainable_of, trimmed, written
 from factorpack.training_options import Lessons, TrainingOptions, TrainingReport
 
 if TYPE_CHECKING:
@@ -47,13 +50,6 @@ FRESH = 5
 """Training steps from one look at the slopes of the codes' bits to the next."""
 JUDGEMENTS = 20
 """So often in a training is the network judged on what is held out."""
-
-Progress = Callable[[str, int, int], None]
-Note = Callable[[str], None]
-
-
-def _silent(_stage: str, _done: int, _total: int) -> None:
-    """Progress that nobody watches."""
 
 
 def _unheard(_text: str) -> None:
@@ -136,7 +132,7 @@ class Run:
     out: Path
     lessons: Lessons
     options: TrainingOptions
-    progress: Progress = _silent
+    progress: Progress = silent
     note: Note = _unheard
 
     def __post_init__(self) -> None:
@@ -144,7 +140,7 @@ class Run:
         options, lessons = self.options, self.lessons
         self.accelerator = accelerator_for(options)
         if not self.accelerator.is_main_process:
-            self.progress, self.note = _silent, _unheard
+            self.progress, self.note = silent, _unheard
         self.progress("preparing", 0, 1)
         contents, bill = read(self.file)
         self.size = options.size or bill.size_bytes
@@ -210,10 +206,12 @@ class Run:
         state = self.state
         while not self._over():
             if state.step % self.look == 0:
-                self.compressed.reprice()
-                if state.step and self._done() * JUDGEMENTS >= state.judged + 1 and self._fits():
-                    self._judge()
-                    self._keep()
+                if state.step:
+                    # At first the prices are those of the file.
+                    self.compressed.reprice()
+                    if self._done() * JUDGEMENTS >= state.judged + 1 and self._fits():
+                        self._judge()
+                        self._keep()
                 self.controller.seen(self.compressed.coded_bytes())
             self._step()
         self.compressed.reprice()
@@ -292,8 +290,7 @@ class Run:
         """The loss of the file as it would be now, on what is held out; the best is written to `out`."""
         state, began = self.state, time.perf_counter()
         state.judged = math.floor(self._done() * JUDGEMENTS)
-        contents = Contents(self.compressed.factored(), self.compressed.dtypes, self.compressed.aliases)
-        data = to_bytes(contents)
+        data, contents = written(self.compressed)
         # Small tensors and bases take other bytes than before, by little.
         self.rest = len(data) - self.compressed.coded_bytes()
         self.controller.goal = max(self.size * (1 - SLACK) - self.rest, 1.0)
@@ -302,7 +299,7 @@ class Run:
             return
         if self.size < len(data) <= self.size * (1 + TRIMMED):
             with suppress(BudgetError):
-                data, contents = within(self.compressed, self.size)
+                data, contents = trimmed(self.compressed, self.size)
         loss = self._held_loss(contents) if len(data) <= self.size else math.inf
         if loss < state.held_loss:
             state.held_loss, state.best_step = loss, state.step
@@ -348,6 +345,7 @@ class Run:
         self._judge()
         self.state.held_loss_before = self.state.held_loss
 
+    @cached_property
     def _key(self) -> str:
         """Of what a state belongs to."""
         options = {name: value for name, value in asdict(self.options).items() if name not in ("resume", "device")}
@@ -359,7 +357,7 @@ class Run:
         if not self.accelerator.is_main_process:
             return
         kept = {
-            "key": self._key(), "state": asdict(self.state) | {"seconds": self._elapsed()},
+            "key": self._key, "state": asdict(self.state) | {"seconds": self._elapsed()},
             "place": [self.course.epoch, self.course.place], "controller": asdict(self.controller),
             "rest": self.rest, "usual": self.clipper.usual, "latents": self.compressed.latents.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -373,7 +371,7 @@ class Run:
             kept = torch.load(self._kept, map_location=self.accelerator.device, weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise UnsupportedError(f"{self._kept} cannot be read ({error}): start again without --resume") from error
-        if kept["key"] != self._key():
+        if kept["key"] != self._key:
             raise UnsupportedError(
                 f"{self._kept} is of another file, or of other options: give those that it was begun with, or start "
                 f"again without --resume"

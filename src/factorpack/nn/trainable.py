@@ -157,7 +157,6 @@ class TrainableWeight(nn.Module):
     indices: Tensor
     prices: Tensor
     places: Tensor
-    contexts: Tensor
     slopes: Tensor
 
     def __init__(self, weight: FactoredWeight) -> None:
@@ -180,7 +179,6 @@ class TrainableWeight(nn.Module):
             self.register_buffer("indices", torch.from_numpy(codes.indices.astype(np.int64)), persistent=False)
         self.register_buffer("prices", torch.zeros(1, 1), persistent=False)
         self.register_buffer("places", torch.zeros((), dtype=torch.int32), persistent=False)
-        self.register_buffer("contexts", torch.zeros((), dtype=torch.uint8), persistent=False)
         self.register_buffer("slopes", torch.zeros(()), persistent=False)
 
     def forward(self) -> Float[Tensor, "..."]:
@@ -230,7 +228,6 @@ class TrainableWeight(nn.Module):
         places = np.array(contexts, np.int32, order="C") * np.int32(width) + np.int32(width // 2)
         self.prices = torch.from_numpy(np.ascontiguousarray(bits)).to(self.octaves.device)
         self.places = torch.from_numpy(places).to(self.octaves.device)
-        self.contexts = torch.from_numpy(np.array(contexts, order="C")).to(self.octaves.device)
         self.take_slopes()
 
     def bits(self) -> Float64[Tensor, ""]:
@@ -246,10 +243,10 @@ class TrainableWeight(nn.Module):
         if self.codes is None:
             return
         radius = self.prices.shape[1] // 2
-        slopes = (self.prices[:, 1:] - self.prices[:, :-1]).reshape(-1)
+        # As wide as prices, so that places are good for both; the last one of a context is never asked for.
+        slopes = F.pad(self.prices[:, 1:] - self.prices[:, :-1], (0, 1)).reshape(-1)
         at = (self.codes / _unit(self.octaves)).clamp_(-radius, radius - 1).floor_().to(self.places.dtype)
-        # A context has one slope fewer than prices.
-        self.slopes = slopes[at.add_(self.places).sub_(self.contexts)]
+        self.slopes = slopes[at.add_(self.places)]
 
     @torch.no_grad()
     def price(self, rate: float) -> None:
