@@ -7,7 +7,9 @@ import digits
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from factorpack import compress
 from factorpack.container import read, write
 from factorpack.errors import BudgetError, UnsupportedError
 from factorpack.nn.folding import fold_batch_norms
@@ -254,6 +256,26 @@ def test_a_walk_meets_its_room(digits_state, rungs):
         chosen = search.walk(rungs[2].rate, share * before)
         assert list(chosen) == list(digits_state.layers)
         assert sum(candidate.size_bytes for candidate in chosen.values()) == pytest.approx(share * before, rel=0.01)
+
+
+def test_a_deep_chain_is_walked_once(monkeypatch):
+    """Layers shrink with depth, and the last ones fill what is left: two walks would double the time."""
+    torch.manual_seed(0)
+    layers = [part for _ in range(24) for part in (nn.Linear(64, 64), nn.ReLU())]
+    for layer in layers[::2]:
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    batches = [torch.randn(128, 64) for _ in range(2)]
+    walks = []
+
+    def counted(search, *arguments, walk=_Search.walk):
+        walks.append(arguments)
+        return walk(search, *arguments)
+
+    monkeypatch.setattr(_Search, "walk", counted)
+    size = 24 * 64 * 65 // 4
+    packed = compress(nn.Sequential(*layers).eval(), size, batches, output="embedding")
+    assert 0.995 * size <= packed.report.size_bytes <= size
+    assert len(walks) == 1
 
 
 def test_files_from_rungs_keep_their_size(digits_state, rungs):

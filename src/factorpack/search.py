@@ -40,8 +40,11 @@ ELASTICITY = 1 / 3
 """−∂ log bytes / ∂ log λ, about: from 1 to 2.5 bits a weight measured as 0.3 to 0.4 (docs/log.md)."""
 LEARNING = 0.05
 """A walk learns from the layers behind it how large those before it will be; that part of all is taken as expected."""
-STEERING = 1.3
-"""By so much at most does a walk leave its λ to meet its bytes."""
+STEERING = 2.5
+"""By so much at most does a walk leave its λ to meet its bytes: in a deep network the layers shrink with all those
+before them, and at 1.3 the last ones could not fill what was left, so that every layer was solved again."""
+NEARBY = 1.3
+"""A candidate whose λ is nearer than that is taken instead of solving anew."""
 FILLINGS = 8
 FILLING_RATIO = 1.15
 LARGEST_RATE = 1e36
@@ -218,7 +221,7 @@ class _Search:
         """
         chosen: dict[str, Candidate] = {}
         for name in [name for name in self.state.layers if name not in self.met]:
-            if not any(1 / STEERING < candidate.rate / rate < STEERING for candidate in self.found[name]):
+            if not any(1 / NEARBY < candidate.rate / rate < NEARBY for candidate in self.found[name]):
                 self.found[name] += self._solved(self.state.layers[name], rate)
             weight = _cheapest(self.found[name], rate).make()
             chosen[name] = replace(_cheapest(self.found[name], rate), make=partial(_same, weight))
