@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -55,11 +56,12 @@ def fixed_steps(run: Run) -> None:
             latent.octaves.requires_grad_(False)
 
 
-VARIANTS: dict[str, tuple[dict[str, float], Callable[[Run], None]]] = {
+VARIANTS: dict[str, tuple[dict[str, Any], Callable[[Run], None]]] = {
     "all of it": ({}, as_it_is),
     "plain straight-through, fixed steps and masks": ({}, plain),
     "fixed steps": ({}, fixed_steps),
     "outputs alone, without features": ({"features": 0.0}, as_it_is),
+    "squares of logits": ({"compare": "squares"}, as_it_is),
     "orthogonality 0.1": ({"orthogonality": 0.1}, as_it_is),
 }
 

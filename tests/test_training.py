@@ -49,7 +49,7 @@ def file(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(task: Task, file: Path, out: Path, **options: object) -> factorpack.TrainingReport:
-    chosen = TrainingOptions(**{"learning_rate": 0.02} | options)
+    chosen = TrainingOptions(**{"learning_rate": 0.01} | options)
     return finetune(task.model(), file, out, Lessons(task.training), chosen, evaluate)
 
 
@@ -259,8 +259,8 @@ def test_a_state_of_other_options_is_refused(digits_task, file: Path, tmp_path: 
 def test_two_processes_train_one_file(digits_task, file: Path, tmp_path: Path) -> None:
     out, script = tmp_path / "two.fpk", tmp_path / "train.py"
     script.write_text(COMMAND)
-    more = ["finetune", str(digits_task.path), str(file), "--out", str(out), "--steps", "100",
-            "--learning-rate", "0.02", "--device", "cpu"]  # fmt: skip
+    more = ["finetune", str(digits_task.path), str(file), "--out", str(out), "--steps", "200",
+            "--learning-rate", "0.01", "--device", "cpu"]  # fmt: skip
     found = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), *more, "--json"],
         env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300,
@@ -268,9 +268,9 @@ def test_two_processes_train_one_file(digits_task, file: Path, tmp_path: Path) -
     assert found.returncode == 0, found.stderr
     told = [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
     assert len(told) == 1
-    assert told[0]["steps"] == 100
+    assert told[0]["steps"] == 200
     # An epoch has 26 batches, and each step takes two.
-    assert told[0]["epoch"] == 200 // 26
+    assert told[0]["epoch"] == 400 // 26
     assert told[0]["held_loss"] < told[0]["held_loss_before"]
     assert out.stat().st_size == told[0]["size_bytes"] <= file.stat().st_size
 
@@ -299,6 +299,7 @@ def test_epochs_are_counted(task: Task, file: Path, tmp_path: Path) -> None:
         ({"minutes": math.inf}, "not negative"),
         ({"steps": 1, "distil": 2.0}, "share"),
         ({"steps": 1, "learning_rate": -1.0}, "--learning-rate"),
+        ({"steps": 1, "compare": "logits"}, "choose auto"),
         ({"steps": 1, "precision": "int8"}, "choose auto"),
         ({"steps": 1, "size": 0}, "no file"),
     ],

@@ -368,8 +368,9 @@ def finetune(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Instead of --minutes: how many batches to train on.")] = None,
     learning_rate: Annotated[
-        float, typer.Option(help="At its highest, in steps of the codes' grids; all else goes with it.")
-    ] = 0.01,
+        float | None,
+        typer.Option(help="At its highest, in steps of the codes' grids; without, the longer the training the lower."),
+    ] = None,
     distil: Annotated[
         float | None,
         typer.Option(
@@ -377,6 +378,13 @@ def finetune(
             "and a loss(), 1 otherwise."
         ),
     ] = None,
+    compare: Annotated[
+        str,
+        typer.Option(
+            help="How outputs are compared in the distillation: divergence or squares of logits, cosine of embeddings; "
+            "auto is divergence or cosine."
+        ),
+    ] = "auto",
     features: Annotated[
         float, typer.Option(help="Weight of the outputs of the network's blocks in the distillation.")
     ] = 1.0,
@@ -400,8 +408,8 @@ def finetune(
 
     _check_folder(out, "--out")
     options = TrainingOptions(
-        parse_size(size) if size else None, steps, epochs, minutes, learning_rate, distil, features, orthogonality,
-        device, precision, resume,
+        parse_size(size) if size else None, steps, epochs, minutes, learning_rate, distil, compare, features,
+        orthogonality, device, precision, resume,
     )  # fmt: skip
     loaded = load_task(task)
     with _bars() as progress:

@@ -24,12 +24,12 @@ from factorpack.cache import Note
 from factorpack.container import Contents, read, write
 from factorpack.errors import BudgetError, TaskError, UnsupportedError
 from factorpack.nn.control import RateController
-from factorpack.nn.lessons import Course, batches_in, hold_out
+from factorpack.nn.lessons import Course, batches_in, exchanged, hold_out
 from factorpack.nn.loading import identity, place_dense
 from factorpack.nn.prefix import copy_of
 from factorpack.nn.statistics import call_model
 from factorpack.nn.trainable import TrainableModel
-from factorpack.nn.training import Clipper, Learner, Objective, optimiser, warmed_cosine
+from factorpack.nn.training import Clipper, Learner, Objective, highest_rate, optimiser, warmed_cosine
 from factorpack.pipeline import load, silent
 from factorpack.search import Progress
 from factorpack.task import Evaluate, as_scores
@@ -145,11 +145,13 @@ class Run:
         contents, bill = read(self.file)
         self.size = options.size or bill.size_bytes
         held = hold_out(lessons.training)
-        objective = Objective(lessons.output, lessons.loss, options.distil, options.features, options.orthogonality)
+        objective = Objective(
+            lessons.output, lessons.loss, options.distil, options.compare, options.features, options.orthogonality
+        )
         compressed = trainable_of(copy_of(self.model), contents)
         learner = Learner(compressed, copy_of(self.model), objective)
-        made = optimiser(compressed, options.learning_rate)
-        self.rates = [group["lr"] for group in made.param_groups]
+        made = optimiser(compressed, 1.0)
+        self.factors = [group["lr"] for group in made.param_groups]
         self.learner = learner
         self.wrapped, self.optimiser = self.accelerator.prepare(learner, made)
         self.judge = copy_of(self.model).eval().to(self.accelerator.device)
@@ -254,10 +256,12 @@ class Run:
         return self._done() >= 1
 
     def _step(self) -> None:
-        factor = warmed_cosine(self._done())
-        for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+        rate = self._rate()
+        for group, factor in zip(self.optimiser.param_groups, self.factors, strict=True):
             group["lr"] = factor * rate
         batch, targets = next(self.course)
+        if self.learner.objective.share(targets) == 1:
+            batch = exchanged(batch, self.state.step * self.course.processes + self.course.process)
         self.optimiser.zero_grad()
         loss = self.wrapped(self._moved(batch, self.layout), self._moved(targets, torch.contiguous_format))
         if not bool(torch.isfinite(loss)):
@@ -275,6 +279,14 @@ class Run:
             # In fp16: the step is skipped, and the scale of the loss lowered.
             self.optimiser.step()
         self.state.step += 1
+
+    def _rate(self) -> float:
+        """The learning rate of codes now."""
+        done, highest = self._done(), self.options.learning_rate
+        if highest is None:
+            # In a training of minutes, as many steps as there will be at the pace so far.
+            highest = highest_rate(self.steps if self.steps is not None else self.state.step / max(done, 1e-9))
+        return highest * warmed_cosine(done)
 
     def _expected(self) -> int:
         """Bytes of the file as it would be now."""
@@ -395,7 +407,7 @@ class Run:
         row = {
             "step": state.step, "epoch": self.course.epoch, "seconds": round(self._elapsed(), 1),
             "loss": mean, "held_loss": loss, "size_bytes": size, "rate": self.controller.rate,
-            "learning_rate": self.options.learning_rate * warmed_cosine(self._done()),
+            "learning_rate": self._rate(),
         }  # fmt: skip
         line = io.StringIO()
         writer = csv.DictWriter(line, list(row))

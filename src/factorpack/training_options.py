@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from factorpack.errors import UnsupportedError
-from factorpack.nn.distillation import Loss
+from factorpack.nn.distillation import LOSSES, Loss
 from factorpack.nn.lessons import Training
 from factorpack.task import checked_output
 
+COMPARISONS = ("auto", *LOSSES)
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 
 
@@ -32,11 +33,13 @@ class Lessons:
 class TrainingOptions:
     """How a file is trained: for so many `steps`, `epochs` or `minutes`, one of them.
 
-    `size` is what the new file may take, in bytes; None: what the old one takes. `learning_rate` is that of the codes,
-    in steps of their grids. `distil` is the share of distillation beside the task's loss (None: only where there are
-    no targets, or no loss), `features` the weight of what blocks give out in it, `orthogonality` that of the squared
-    cosines between columns of a basis. `device` is "auto" or what torch calls it; `precision` "auto", "no", "bf16" or
-    "fp16". `resume` goes on where a run of the same options was stopped.
+    `size` is what the new file may take, in bytes; None: what the old one takes. `learning_rate` is that of the codes
+    at its highest, in steps of their grids; None: the longer the training the lower (`nn.training.highest_rate`).
+    `distil` is the share of distillation beside the task's loss (None: only where there are no targets, or no loss); in
+    it, `compare` says how outputs are compared ("divergence" or "squares" of logits, "cosine"; "auto": divergence of
+    logits, cosine of embeddings), and `features` is the weight of what blocks give out. `orthogonality` is the weight
+    of the squared cosines between columns of a basis. `device` is "auto" or what torch calls it; `precision` "auto",
+    "no", "bf16" or "fp16". `resume` goes on where a run of the same options was stopped.
 
     Raises UnsupportedError for what cannot be.
     """
@@ -45,8 +48,9 @@ class TrainingOptions:
     steps: int | None = None
     epochs: float | None = None
     minutes: float | None = None
-    learning_rate: float = 0.01
+    learning_rate: float | None = None
     distil: float | None = None
+    compare: str = "auto"
     features: float = 1.0
     orthogonality: float = 0.0
     device: str = "auto"
@@ -62,8 +66,10 @@ class TrainingOptions:
         if self.distil is not None and not 0 <= self.distil <= 1:
             raise UnsupportedError(f"--distil is a share from 0 to 1, not {self.distil}")
         for name in ("learning_rate", "features", "orthogonality"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
                 raise UnsupportedError(f"--{name.replace('_', '-')} is zero or more, not {getattr(self, name)}")
+        if self.compare not in COMPARISONS:
+            raise UnsupportedError(f"{self.compare!r} is no way to compare outputs: choose {', '.join(COMPARISONS)}")
         if self.precision not in PRECISIONS:
             raise UnsupportedError(f"{self.precision!r} is no precision: choose {', '.join(PRECISIONS)}")
         if self.size is not None and self.size < 1:

@@ -7,7 +7,14 @@ from scipy.special import softmax
 from scipy.stats import entropy
 from torch import nn
 
-from factorpack.nn.distillation import blocks, embedding_loss, features_loss, logits_loss, watched
+from factorpack.nn.distillation import (
+    blocks,
+    embedding_loss,
+    features_loss,
+    logits_loss,
+    squares_loss,
+    watched,
+)
 
 
 def test_logits_are_compared_by_their_divergence() -> None:
@@ -16,6 +23,16 @@ def test_logits_are_compared_by_their_divergence() -> None:
     wanted = np.mean(entropy(softmax(expected, -1), softmax(found, -1), axis=-1))
     assert logits_loss(torch.tensor(found), torch.tensor(expected)).item() == pytest.approx(wanted, rel=1e-5)
     assert logits_loss(torch.tensor(found) + 3, torch.tensor(found)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_logits_can_be_compared_by_their_squares() -> None:
+    rng = np.random.default_rng(0)
+    found, expected = rng.normal(size=(2, 5, 7))
+    one, other = (rows - rows.mean(-1, keepdims=True) for rows in (found, expected))
+    wanted = np.mean((one - other) ** 2) / np.mean(other**2)
+    assert squares_loss(torch.tensor(found), torch.tensor(expected)).item() == pytest.approx(wanted, rel=1e-5)
+    assert squares_loss(torch.tensor(found) + 3, torch.tensor(found)).item() == pytest.approx(0, abs=1e-6)
+    assert torch.isfinite(squares_loss(torch.ones(2, 3), torch.ones(2, 3)))
 
 
 def test_embeddings_are_compared_by_their_angles() -> None:

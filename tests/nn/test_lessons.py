@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from factorpack.errors import TaskError
-from factorpack.nn.lessons import Course, Held, batches_in, hold_out, samples_in
+from factorpack.nn.lessons import EXCHANGED, Course, Held, batches_in, exchanged, hold_out, samples_in
 
 
 def shuffled(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -100,3 +100,51 @@ def test_what_is_held_out_is_of_an_epoch_of_its_own() -> None:
     apart = {int(sample) for _, targets in hold_out(shuffled).lessons for sample in targets}
     first = seen(Course(shuffled, Held([], frozenset())), 4)
     assert apart != set(first)
+
+
+def test_tokens_are_exchanged_for_others_of_the_batch() -> None:
+    ids = torch.arange(1000, 3000).reshape(4, 500)
+    shares = []
+    for number in range(50):
+        found = exchanged(ids, number)
+        assert found.dtype == ids.dtype
+        assert torch.isin(found, ids).all()
+        assert torch.equal(found, exchanged(ids, number))
+        shares.append((found != ids).double().mean().item())
+    assert max(shares) <= EXCHANGED + 0.05
+    assert max(shares) > 0.6 * EXCHANGED
+    assert min(shares) < 0.2 * EXCHANGED
+    assert ids.reshape(-1).tolist() == list(range(1000, 3000))
+
+
+def test_padding_stays_and_goes_nowhere() -> None:
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7, 8, 9, 0, 0, 0]] * 3),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]] * 3),
+        "token_type_ids": torch.arange(24).reshape(3, 8),
+    }
+    changed = 0
+    for number in range(100):
+        found = exchanged(batch, number)
+        assert torch.equal(found["input_ids"] == 0, batch["attention_mask"] == 0)
+        assert found["attention_mask"] is batch["attention_mask"]
+        assert found["token_type_ids"] is batch["token_type_ids"]
+        changed += int((found["input_ids"] != batch["input_ids"]).sum())
+    assert changed > 0
+
+
+def test_what_comes_with_tokens_stays() -> None:
+    ids, times = torch.arange(100)[None], torch.randn(1, 100)
+    found = exchanged((ids, times), 1)
+    assert isinstance(found, tuple)
+    assert found[1] is times
+    assert not torch.equal(found[0], ids)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [torch.randn(2, 3), torch.zeros(2, 3, 4, 4, dtype=torch.uint8), (torch.randn(2), torch.arange(2)),
+     {"pixels": torch.arange(4)}, torch.zeros(0, dtype=torch.int64), ()],
+)  # fmt: skip
+def test_what_is_no_text_is_left_as_it_is(batch) -> None:
+    assert exchanged(batch, 1) is batch

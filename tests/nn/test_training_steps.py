@@ -11,9 +11,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from factorpack.factors import IDENTITY_GRID, Basis, Codes, FactoredWeight, Grid
-from factorpack.nn.distillation import logits_loss
+from factorpack.nn.distillation import LOSSES
 from factorpack.nn.trainable import TrainableModel
-from factorpack.nn.training import Clipper, Learner, Objective, optimiser, orthogonality, warmed_cosine
+from factorpack.nn.training import (
+    HIGHEST,
+    TRAVEL,
+    Clipper,
+    Learner,
+    Objective,
+    highest_rate,
+    optimiser,
+    orthogonality,
+    warmed_cosine,
+)
 from factorpack.tiling import Tiling
 
 
@@ -24,6 +34,7 @@ def cross_entropy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 TARGETS = torch.arange(20)
 
 
+@pytest.mark.parametrize(("compare", "way"), [("auto", "divergence"), ("squares", "squares")])
 @pytest.mark.parametrize(
     ("loss", "distil", "targets", "share"),
     [
@@ -35,12 +46,12 @@ TARGETS = torch.arange(20)
         (cross_entropy, 0.3, None, 1.0),
     ],
 )
-def test_what_is_minimised_follows_the_rule(loss, distil, targets, share: float) -> None:
+def test_what_is_minimised_follows_the_rule(loss, distil, targets, share: float, compare: str, way: str) -> None:
     model, _ = network()
-    learner = Learner(model, Tied().eval(), Objective("logits", loss, distil))
+    learner = Learner(model, Tied().eval(), Objective("logits", loss, distil, compare))
     with torch.no_grad():
         expected, found = Tied().eval()(TOKENS), model(TOKENS)
-        wanted = share * logits_loss(found, expected)
+        wanted = share * LOSSES[way](found, expected)
         if share < 1:
             wanted = wanted + (1 - share) * cross_entropy(found, targets)
         torch.testing.assert_close(learner(TOKENS, targets), wanted)
@@ -91,6 +102,13 @@ def test_rates_rise_and_fall() -> None:
     assert found[0] == pytest.approx(0.01)
     assert found[100] == pytest.approx(0.01)
     assert all(a >= b for a, b in zip(found[2:], found[3:], strict=False))
+
+
+@pytest.mark.parametrize("steps", [1000, 20_000])
+def test_codes_travel_as_far_in_a_longer_training(steps: int) -> None:
+    travelled = highest_rate(steps) * sum(warmed_cosine(step / steps) for step in range(steps))
+    assert travelled == pytest.approx(TRAVEL, rel=0.03)
+    assert highest_rate(1) == highest_rate(0) == HIGHEST
 
 
 def test_each_kind_of_latent_has_its_rate() -> None:

@@ -27,6 +27,16 @@ def logits_loss(found: Tensor, expected: Tensor) -> Tensor:
     return F.kl_div(logs, wanted, log_target=True, reduction="batchmean")
 
 
+def squares_loss(found: Tensor, expected: Tensor) -> Tensor:
+    """The squared error of logits, each sample's mean left out, relative to their power.
+
+    Both (..., C). It minds every class alike, however sure the original is of another (Ba & Caruana 2014; against the
+    divergence: Kim et al. 2021).
+    """
+    centred, wanted = (logits.float() - logits.float().mean(-1, keepdim=True) for logits in (found, expected))
+    return F.mse_loss(centred, wanted) / wanted.square().mean().clamp_min(1e-12)
+
+
 def embedding_loss(found: Tensor, expected: Tensor) -> Tensor:
     """1 − cosine to the original's embeddings, and ten times the mean squared error of cosines between samples.
 
@@ -37,8 +47,10 @@ def embedding_loss(found: Tensor, expected: Tensor) -> Tensor:
     return (1 - (units * wanted).sum(-1)).mean() + PAIRS * F.mse_loss(units @ units.T, wanted @ wanted.T)
 
 
-LOSSES: dict[str, Loss] = {"logits": logits_loss, "embedding": embedding_loss}
-"""By what a network returns."""
+LOSSES: dict[str, Loss] = {"divergence": logits_loss, "squares": squares_loss, "cosine": embedding_loss}
+"""The ways to compare outputs."""
+SUITED = {"logits": "divergence", "embedding": "cosine"}
+"""The way that suits what a network returns."""
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -21,6 +21,9 @@ MOST_HELD = 16
 HELD_EPOCH = 1_000_003
 """What is held out is drawn from an epoch that training does not come to. Samples of epoch 0 are often those that
 calibration drew with the same seed: compression knows them already, and they judge a file too kindly."""
+EXCHANGED = 0.3
+"""Of the tokens of a batch so many at most are exchanged for others where the original network says what is right."""
+TOKENS = "input_ids"
 MASK = "attention_mask"
 """Where a batch has one, padding is told by it, and two samples that differ in padding alone are one."""
 
@@ -64,6 +67,34 @@ def _chosen(part: Any, keep: Tensor) -> Any:
     if isinstance(part, tuple | list):
         return tuple(_chosen(value, keep) for value in part)
     return part[keep] if isinstance(part, Tensor) and part.ndim and len(part) == len(keep) else part
+
+
+def exchanged(batch: Any, number: int) -> Any:
+    """A batch of token ids in which some are exchanged for others of it; any other batch as it is.
+
+    Token ids are the int64 or int32 tensor that a batch is, that comes first in a tuple, or `TOKENS` of a dict; where
+    `MASK` tells padding, that stays. The share is drawn anew for each `number`, evenly up to `EXCHANGED`. What the
+    original network makes of such a text is as good a lesson as any, and a small set of them is learned by heart else.
+    """
+    if isinstance(batch, Mapping):
+        tokens = batch.get(TOKENS)
+    else:
+        tokens = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32) or not tokens.numel():
+        return batch
+    generator = torch.Generator().manual_seed(number)
+    ids = tokens.cpu()
+    share = EXCHANGED * torch.rand((), generator=generator)
+    others = torch.randint(ids.numel(), ids.shape, generator=generator)
+    chosen = torch.rand(ids.shape, generator=generator) < share
+    mask = batch.get(MASK) if isinstance(batch, Mapping) else None
+    if mask is not None and mask.shape == ids.shape:
+        real = mask.cpu().bool()
+        chosen &= real & real.reshape(-1)[others]
+    varied = torch.where(chosen, ids.reshape(-1)[others], ids).to(tokens.device)
+    if isinstance(batch, Mapping):
+        return {**batch, TOKENS: varied}
+    return varied if batch is tokens else type(batch)([varied, *batch[1:]])
 
 
 @dataclass(frozen=True)

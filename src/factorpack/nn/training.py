@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from factorpack.nn.distillation import LOSSES, Loss, blocks, features_loss, watched
+from factorpack.nn.distillation import LOSSES, SUITED, Loss, blocks, features_loss, watched
 from factorpack.nn.lessons import MASK
 from factorpack.nn.statistics import call_model
 from factorpack.nn.trainable import TrainableModel, TrainableVector, TrainableWeight
@@ -23,6 +23,9 @@ LAST = 0.01
 """Part of the rates that is left at the end."""
 BASES, SMALL, STEPS = 0.5, 5.0, 0.1
 """Rates of bases, small tensors and log2 of steps, in units of the rate of codes."""
+TRAVEL, HIGHEST = 8.0, 0.01
+"""Grid steps that a code can go in a training, and its highest rate. Beyond a few steps codes go to and fro at the
+edges of their cells, and what is kept is a draw of where they were (docs/log.md)."""
 BETAS = (0.9, 0.999)
 CLIPPED = 3.0
 """A gradient that is so many times longer than they usually are is cut to that."""
@@ -34,14 +37,15 @@ class Objective:
     """What is minimised: a task's `loss`, distillation from the original network, or a blend.
 
     `distil` is the share of distillation; None leaves it to the data: with targets and a loss that loss alone,
-    without either distillation alone. `output` ("logits" or "embedding") says how outputs are compared; `features`
-    is the weight of what blocks give out beside that; `orthogonality` that of squared cosines between columns of
-    a basis.
+    without either distillation alone. `output` ("logits" or "embedding") is what the network returns, `compare` how
+    that is compared (`LOSSES`; "auto": `SUITED`), `features` the weight of what blocks give out beside that, and
+    `orthogonality` that of squared cosines between columns of a basis.
     """
 
     output: str = "logits"
     loss: Loss | None = None
     distil: float | None = None
+    compare: str = "auto"
     features: float = 0.0
     orthogonality: float = 0.0
 
@@ -82,7 +86,8 @@ class Learner(nn.Module):
             expected = call_model(self.original, batch)
         with watched(blocks(network) if features else []) as given:
             found = call_model(model, batch)
-        loss = share * LOSSES[objective.output](found, expected)
+        compare = SUITED[objective.output] if objective.compare == "auto" else objective.compare
+        loss = share * LOSSES[compare](found, expected)
         if given:
             mask = batch.get(MASK) if isinstance(batch, Mapping) else None
             loss = loss + share * features * features_loss(given, wanted, mask)
@@ -104,6 +109,12 @@ def orthogonality(model: TrainableModel) -> Tensor:
             cosines = columns.T @ columns
             found.append((cosines.square().sum() - cosines.diagonal().square().sum()) / cosines.shape[0])
     return torch.stack(found).mean() if found else torch.zeros(())
+
+
+def highest_rate(steps: float) -> float:
+    """The rate of codes at its highest, in steps of their grid, for a training of so many steps."""
+    # Between warm-up and the end the mean of the schedule is a half.
+    return min(HIGHEST, 2 * TRAVEL / max(steps, 1.0))
 
 
 def optimiser(model: TrainableModel, rate: float) -> AdamW:
