@@ -104,11 +104,11 @@ def test_rates_rise_and_fall() -> None:
     assert all(a >= b for a, b in zip(found[2:], found[3:], strict=False))
 
 
-@pytest.mark.parametrize("steps", [1000, 20_000])
+@pytest.mark.parametrize("steps", [2000, 20_000])
 def test_codes_travel_as_far_in_a_longer_training(steps: int) -> None:
     travelled = highest_rate(steps) * sum(warmed_cosine(step / steps) for step in range(steps))
     assert travelled == pytest.approx(TRAVEL, rel=0.03)
-    assert highest_rate(1) == highest_rate(0) == HIGHEST
+    assert highest_rate(0) == highest_rate(1) == highest_rate(1000) == HIGHEST
 
 
 def test_each_kind_of_latent_has_its_rate() -> None:
