@@ -38,6 +38,11 @@ def _tensors(batch: Any) -> list[Tensor]:
     return [part for part in parts if isinstance(part, Tensor)]
 
 
+def mask_of(batch: Any) -> Tensor | None:
+    """What tells padding in a batch, where there is such."""
+    return batch.get(MASK) if isinstance(batch, Mapping) else None
+
+
 def samples_in(batch: Any) -> int:
     """The number of samples of a batch; 0 where its tensors do not agree on one."""
     lengths = {len(tensor) if tensor.ndim else 0 for tensor in _tensors(batch)}
@@ -47,7 +52,7 @@ def samples_in(batch: Any) -> int:
 def _fingerprints(batch: Any) -> list[bytes]:
     """What tells each sample from others."""
     count = samples_in(batch)
-    mask = batch.get(MASK) if isinstance(batch, Mapping) else None
+    mask = mask_of(batch)
     rows = []
     for sample in range(count):
         found = blake2b(digest_size=16)
@@ -87,14 +92,14 @@ def exchanged(batch: Any, number: int) -> Any:
     share = EXCHANGED * torch.rand((), generator=generator)
     others = torch.randint(ids.numel(), ids.shape, generator=generator)
     chosen = torch.rand(ids.shape, generator=generator) < share
-    mask = batch.get(MASK) if isinstance(batch, Mapping) else None
+    mask = mask_of(batch)
     if mask is not None and mask.shape == ids.shape:
         real = mask.cpu().bool()
         chosen &= real & real.reshape(-1)[others]
     varied = torch.where(chosen, ids.reshape(-1)[others], ids).to(tokens.device)
     if isinstance(batch, Mapping):
         return {**batch, TOKENS: varied}
-    return varied if batch is tokens else type(batch)([varied, *batch[1:]])
+    return varied if batch is tokens else (varied, *batch[1:])
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Latents count in steps of the file's grids, so that one learning rate serves eve
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from factorpack.nn.distillation import LOSSES, SUITED, Loss, blocks, features_loss, watched
-from factorpack.nn.lessons import MASK
+from factorpack.nn.lessons import mask_of
 from factorpack.nn.statistics import call_model
 from factorpack.nn.trainable import TrainableModel, TrainableVector, TrainableWeight
 
@@ -89,8 +89,7 @@ class Learner(nn.Module):
         compare = SUITED[objective.output] if objective.compare == "auto" else objective.compare
         loss = share * LOSSES[compare](found, expected)
         if given:
-            mask = batch.get(MASK) if isinstance(batch, Mapping) else None
-            loss = loss + share * features * features_loss(given, wanted, mask)
+            loss = loss + share * features * features_loss(given, wanted, mask_of(batch))
         if share < 1:
             assert objective.loss is not None
             loss = loss + (1 - share) * objective.loss(found, targets).float()
