@@ -87,6 +87,22 @@ def test_features_count_by_their_relative_error() -> None:
     assert features_loss([one * 1.1, other * 0.8], [one, other]).item() == pytest.approx((0.01 + 0.04) / 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_features_have_the_gradient_of_their_relative_error(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    found, expected = torch.randn((2, 4, 3, 5, 5), generator=generator).to(dtype)
+    found.requires_grad_()
+    features_loss([found], [expected]).backward()
+    wide = found.detach().double().requires_grad_()
+    wanted = (wide - expected.double()).square().sum() / expected.double().square().sum()
+    wanted.backward()
+    assert found.grad is not None
+    assert found.grad.dtype == dtype
+    rounding = 1e-6 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
+    largest = float(wide.grad.abs().max())
+    torch.testing.assert_close(found.grad.double(), wide.grad, rtol=rounding, atol=rounding * largest)
+
+
 def test_padding_does_not_count_in_features() -> None:
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     other = torch.randn(2, 3, 4)
