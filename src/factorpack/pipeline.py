@@ -198,20 +198,25 @@ def compress(
     return finish(packed, state, seconds, score if evaluate else None)
 
 
-def load(path: str | Path, model: nn.Module, mode: str = "dense") -> nn.Module:
+def load(path: str | Path, model: nn.Module, mode: str = "dense", most_bytes: int | None = None) -> nn.Module:
     """Puts the weights of a file into `model`, of the same architecture, and returns it.
 
     `mode` "dense" recombines every weight once; "on-the-fly" keeps the packed factors in memory and recombines a
-    weight whenever it is used. Raises FormatError for a damaged file, MismatchError for a file of another model.
+    weight whenever it is used. `most_bytes` bounds the memory that a file may ask for when it is read; None stands for
+    1,024 times its size, or 64 MiB where that is more. Raises FormatError for a damaged file or one that asks for more,
+    MismatchError for a file of another model.
     """
     if mode not in MODES:
         raise UnsupportedError(f"{mode!r} is no mode: choose {' or '.join(MODES)}")
-    contents, _ = read(Path(path))
+    contents, _ = read(Path(path), most_bytes)
     place = place_dense if mode == "dense" else place_on_the_fly
     return place(model, contents.tensors, contents.dtypes, contents.aliases)
 
 
-def load_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a file by name, dense, in their original dtypes; tied names hold the same tensor."""
-    contents, _ = read(Path(path))
+def load_state_dict(path: str | Path, most_bytes: int | None = None) -> dict[str, Tensor]:
+    """All tensors of a file by name, dense, in their original dtypes; tied names hold the same tensor.
+
+    `most_bytes` and errors as for `load`.
+    """
+    contents, _ = read(Path(path), most_bytes)
     return state_dict(contents.tensors, contents.dtypes, contents.aliases)

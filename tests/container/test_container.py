@@ -6,6 +6,7 @@ import resource
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from itertools import islice
 from pathlib import Path
@@ -16,8 +17,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save
 
+import factorpack
 from factorpack.coding import append_varint, encode_integers
-from factorpack.coding.records import encode_weight
+from factorpack.coding.records import FORMS, encode_weight
 from factorpack.container import Contents, read, to_bytes, write
 from factorpack.container.layout import DTYPES, EXACT, KEY, MAX_AXES, NUMPY_DTYPES, PARTS, VECTOR, VERSION, WEIGHT
 from factorpack.container.writer import deflate
@@ -404,6 +406,42 @@ def test_an_index_cut_anywhere_is_refused(tmp_path):
     for length in range(len(index) - 1):
         with pytest.raises(FormatError):
             read(saved(tmp_path, crafted(index[:length], [BYTE])))
+
+
+# Streams of one symbol are as short for any number of integers.
+ZEROS, GRID = encode_integers(np.zeros((1, 1), np.int32)), bytes([2, 0])
+DENSE_ZEROS = bytes([FORMS.index("direct"), 0]) + GRID + GRID + ZEROS
+WIDE_ZEROS = bytes([FORMS.index("svd"), 0]) + GRID + b"\xff\xff\x03" + ZEROS + GRID + ZEROS
+BOMBS = {
+    "a dense tensor": (index_of([WEIGHT], [0], [(2**15, 2**15)], [len(DENSE_ZEROS)], ["x"]), [DENSE_ZEROS]),
+    "factors of a small tensor": (index_of([WEIGHT], [0], [(1, 2**16)], [len(WIDE_ZEROS)], ["x"]), [WIDE_ZEROS]),
+    "a small tensor": (index_of([VECTOR], [0], [(2**31,)], [len(ZEROS) * 4], ["x"]), [ZEROS * 4]),
+    "an exact tensor": (index_of([EXACT], [UINT8], [(2**31,)], [len(BYTE)], ["x"]), [BYTE]),
+    "tensors without end": (b"\x80\x80\x80\x04\0" + bytes(2**23), []),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_file_that_asks_for_more_memory_than_its_size_allows_is_refused_before_that_is_used(bomb, tmp_path):
+    path = saved(tmp_path, crafted(*BOMBS[bomb]))
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError, match="more memory.*most_bytes"):
+            read(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
+
+
+def test_who_trusts_a_file_can_allow_it_more_memory_and_who_does_not_less(tmp_path):
+    index = index_of([WEIGHT], [0], [(1000, 1000)], [len(DENSE_ZEROS)], ["x"])
+    path = saved(tmp_path, crafted(index, [DENSE_ZEROS]))
+    # The dense tensor and its integers, four bytes an entry each, and what the index takes.
+    with pytest.raises(FormatError, match="more memory than the 8,000,000 bytes"):
+        read(path, most_bytes=8_000_000)
+    assert not read(path, most_bytes=8_100_000)[0].tensors["x"].tensor().any()
+    with pytest.raises(FormatError, match="more memory"):
+        factorpack.load_state_dict(path, most_bytes=8_000_000)
 
 
 def test_what_the_file_has_no_place_for_is_refused():

@@ -10,11 +10,31 @@ VARINT_BYTES = 5
 VARINT_LIMIT = 1 << 32
 
 
+class Allowance:
+    """The bytes of memory that what is decoded may still take.
+
+    A stream of one symbol is as short for 2^32 integers as for one, so that a file's size alone bounds nothing.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = self._left = size
+
+    def spend(self, size: int, what: str) -> None:
+        """Takes `size` bytes of it; FormatError, before anything is allocated, where they are not left."""
+        self._left -= size
+        if self._left < 0:
+            raise FormatError(
+                f"{what} would take more memory than the {self._size:,} bytes allowed for a file of this size: where "
+                f"you trust it, allow more with most_bytes"
+            )
+
+
 class Reader:
     """A position in a buffer; every read names what it wants, and FormatError says so where it is missing."""
 
-    def __init__(self, data: bytes | bytearray | memoryview) -> None:
+    def __init__(self, data: bytes | bytearray | memoryview, allowance: Allowance | None = None) -> None:
         self._data = memoryview(data).cast("B")
+        self._allowance = allowance
         self._position = 0
         self._booked = 0
         self.books: dict[str, int] = {}
@@ -23,6 +43,11 @@ class Reader:
         """Charge the bytes read since the last booking to `part`, in `books`."""
         self.books[part] = self.books.get(part, 0) + self._position - self._booked
         self._booked = self._position
+
+    def spend(self, size: int, what: str) -> None:
+        """Takes `size` bytes of memory from the allowance, where there is one; FormatError where it does not hold."""
+        if self._allowance is not None:
+            self._allowance.spend(size, what)
 
     @property
     def remaining(self) -> int:

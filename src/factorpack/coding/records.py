@@ -176,6 +176,7 @@ def _read_separable(reader: Reader, tiling: Tiling) -> FactoredWeight:
         raise FormatError(f"tiles of {tiling.depth} are not the taps of the kernels of {tiling.shape}, inputs second")
     if taps * taps > MAX_ENTRIES:
         raise FormatError(f"a basis over {taps} taps has more than {MAX_ENTRIES} entries")
+    reader.spend(8 * taps * taps, "the basis")
     exponent = reader.zigzag("the basis' exponent")
     reader.book("steps")
     factors = tuple(

@@ -201,9 +201,10 @@ def encode_runs(values: Int32[np.ndarray, " count"], lengths: Integer[np.ndarray
 def decode_integers(reader: Reader, shape: tuple[int, int]) -> Int32[np.ndarray, "R C"]:
     """The matrix whose stream starts at the reader's position; FormatError where it is malformed.
 
-    The shape is the caller's to bound: a stream of one symbol is as short for a large matrix as for a small one.
+    A stream of one symbol is as short for a large matrix as for a small one: the reader's allowance bounds memory.
     """
     rows, columns = shape
+    reader.spend(8 * rows, "a stream's rows")
     return _decode(reader, np.full(rows, columns), columns).reshape(shape)
 
 
@@ -296,6 +297,7 @@ def _decode(
     reader: Reader, lengths: Integer[np.ndarray, " R"], columns: int, nested: bool = False
 ) -> Int32[np.ndarray, " count"]:
     count = int(lengths.sum())
+    reader.spend(4 * count, "a stream's integers")
     flags = reader.take(1, "a stream's head")[0]
     contexts = (flags & 15) + 1
     known = CENTRED if nested else CENTRED | ROWS_CLASSED | (COLUMNS_CLASSED if columns else 0) | MAX_CONTEXTS - 1

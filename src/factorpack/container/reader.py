@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from factorpack.coding.reader import Reader
+from factorpack.coding.reader import Allowance, Reader
 from factorpack.coding.records import MAX_ENTRIES, decode_vectors, decode_weight
 from factorpack.container.layout import (
     ALIAS,
@@ -29,6 +29,12 @@ from factorpack.container.layout import (
     Value,
 )
 from factorpack.errors import FormatError
+
+LEAST_ALLOWED, ALLOWED_RATIO = 1 << 26, 1024
+"""Bytes of memory that what is in a file may take where the caller does not say: so many, or that many times its size,
+whichever is more."""
+ENTRY_BYTES = 512
+"""Memory that an entry of the index takes as Python's objects."""
 
 
 def _blob(path: Path) -> bytes:
@@ -67,9 +73,10 @@ def inflate(data: bytes | memoryview, size: int, what: str) -> bytes:
 class _Index:
     """The index, parsed: names, kinds, dtypes and shapes of the stored tensors, aliases, record sizes."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, allowance: Allowance) -> None:
         reader = Reader(data)
         count, ties = reader.varint("the number of tensors"), reader.varint("the number of ties")
+        allowance.spend(ENTRY_BYTES * (count + ties), "the index")
         self.kinds = bytes(reader.take(count, "the kinds"))
         if bytes(reader.take(ties, "the kinds")) != bytes([ALIAS]) * ties or any(k >= ALIAS for k in self.kinds):
             raise FormatError("the index holds kinds of tensors that are unknown")
@@ -83,6 +90,8 @@ class _Index:
         self.shapes = [tuple(reader.varint("a shape") for _ in range(a)) for a in axes]
         if any(prod(max(size, 1) for size in shape) > MAX_ENTRIES for shape in self.shapes):
             raise FormatError(f"a tensor has more than {MAX_ENTRIES} entries")
+        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
+            allowance.spend(prod(shape) * max(4, np.dtype(NUMPY_DTYPES[dtype]).itemsize), f"a tensor of shape {shape}")
         targets = [reader.varint("a tie") for _ in range(ties)]
         records = self.kinds.count(WEIGHT) + (VECTOR in self.kinds) + (EXACT in self.kinds)
         self.sizes = [reader.varint("a record's size") for _ in range(records)]
@@ -97,12 +106,12 @@ class _Index:
         self.aliases = {name: self.names[target] for name, target in zip(names[count:], targets, strict=True)}
 
 
-def _record(reader: Reader, size: int, what: str) -> Reader:
+def _record(reader: Reader, size: int, what: str, allowance: Allowance) -> Reader:
     data = reader.take(size, what)
     (checksum,) = struct.unpack("<I", reader.take(CHECKSUM_BYTES, f"the checksum of {what}"))
     if zlib.crc32(data) != checksum:
         raise FormatError(f"{what} is damaged: its checksum is wrong")
-    return Reader(data)
+    return Reader(data, allowance)
 
 
 def _end(reader: Reader, what: str) -> None:
@@ -114,13 +123,16 @@ def _exact(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(data, NUMPY_DTYPES[dtype]).reshape(shape)
 
 
-def read(path: Path) -> tuple[Contents, Bill]:
+def read(path: Path, most_bytes: int | None = None) -> tuple[Contents, Bill]:
     """What the file holds, and where its bytes are.
 
-    Raises FormatError, naming the tensor, where the file is damaged, truncated, of another kind or version.
+    `most_bytes` bounds the memory for its dense tensors and the integers of their factors together; None stands for
+    1,024 times the file's size, or 64 MiB where that is more. Raises FormatError, naming the tensor and before the
+    memory is used, where the file asks for more, is damaged, truncated, of another kind or version.
     """
     blob = _blob(path)
     reader = Reader(blob)
+    allowance = Allowance(max(LEAST_ALLOWED, ALLOWED_RATIO * len(blob)) if most_bytes is None else most_bytes)
     stored, size, checksum = struct.unpack("<III", reader.take(HEAD_BYTES, "the head"))
     if size > MAX_INDEX_BYTES:
         raise FormatError(f"an index of {size} bytes is larger than {MAX_INDEX_BYTES}")
@@ -128,7 +140,8 @@ def read(path: Path) -> tuple[Contents, Bill]:
     # Of the bytes as stored: deflate ends in bits that mean nothing, and a changed one is damage too.
     if zlib.crc32(deflated) != checksum:
         raise FormatError("the index is damaged: its checksum is wrong")
-    index = _Index(inflate(deflated, size, "the index"))
+    allowance.spend(size, "the index")
+    index = _Index(inflate(deflated, size, "the index"), allowance)
     sizes = iter(index.sizes)
     found: dict[str, Value] = {}
     bills = []
@@ -136,7 +149,7 @@ def read(path: Path) -> tuple[Contents, Bill]:
     for place in members[WEIGHT]:
         name, shape = index.names[place], index.shapes[place]
         try:
-            record = _record(reader, next(sizes), "its record")
+            record = _record(reader, next(sizes), "its record", allowance)
             weight = decode_weight(record, shape)
             _end(record, "its record")
         except FormatError as error:
@@ -146,7 +159,7 @@ def read(path: Path) -> tuple[Contents, Bill]:
     shared = {"index": stored + HEAD_BYTES, "header": path.stat().st_size - len(blob), "checksums": 0}
     if members[VECTOR]:
         size = next(sizes)
-        record = _record(reader, size, "the record of the small tensors")
+        record = _record(reader, size, "the record of the small tensors", allowance)
         vectors = decode_vectors(record, [index.shapes[i] for i in members[VECTOR]])
         _end(record, "the record of the small tensors")
         found |= {index.names[i]: v for i, v in zip(members[VECTOR], vectors, strict=True)}
@@ -154,7 +167,7 @@ def read(path: Path) -> tuple[Contents, Bill]:
         shared["checksums"] += CHECKSUM_BYTES
     if members[EXACT]:
         size = next(sizes)
-        record = _record(reader, size, "the record of the exact tensors")
+        record = _record(reader, size, "the record of the exact tensors", allowance)
         lengths = [prod(index.shapes[i]) * np.dtype(NUMPY_DTYPES[index.dtypes[i]]).itemsize for i in members[EXACT]]
         raw = inflate(record.take(size, "the exact tensors"), sum(lengths), "the record of the exact tensors")
         start = 0
