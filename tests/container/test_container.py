@@ -117,6 +117,8 @@ def exact_tensors():
     for dtype in DTYPES:
         held = np.dtype(NUMPY_DTYPES[dtype])
         raw = rng.integers(0, 2 if dtype == "bool" else 256, 24 * held.itemsize, np.uint8).tobytes()
+        if dtype == "bfloat16":
+            raw = (np.frombuffer(raw, "<u4") & 0xFFFF0000).tobytes()
         for shape in ((2, 3, 4), (24,), (1, 24, 1)):
             # Any bits at all, those of NaN and -0.0 among them.
             tensors[f"{dtype}.{shape}"] = (dtype, np.frombuffer(raw, held).reshape(shape))
@@ -352,10 +354,38 @@ def test_a_file_made_by_hand_is_read(tmp_path):
     assert found.aliases == {"y": "x"}
 
 
+# Streams of one symbol are as short for any number of integers.
+ZEROS, GRID = encode_integers(np.zeros((1, 1), np.int32)), bytes([2, 0])
+DENSE_ZEROS = bytes([FORMS.index("direct"), 0]) + GRID + GRID + ZEROS
+WIDE_ZEROS = bytes([FORMS.index("svd"), 0]) + GRID + b"\xff\xff\x03" + ZEROS + GRID + ZEROS
+# Kind 1 with an escape, of two symbols, 0 and 1, both of byte 8; an escape of byte 0; one lane and no word.
+NEVER_ESCAPED = DENSE_ZEROS[: -len(ZEROS)] + bytes([0, 7, 0, 8, 8, 0, 0, 0]) + struct.pack("<I", 1 << 16) + b"\0"
 UINT8 = DTYPES.index("uint8")
 LYING = {
     "a kind that is unknown": (index_of([4], [UINT8], [(1,)], [len(BYTE)], ["x"]), [BYTE]),
     "a tie among the tensors": (index_of([3], [UINT8], [(1,)], [len(BYTE)], ["x"]), [BYTE]),
+    "a weight of integers": (index_of([WEIGHT], [UINT8], [(3, 4)], [len(DENSE_ZEROS)], ["x"]), [DENSE_ZEROS]),
+    "a small tensor of truths": (
+        index_of([VECTOR], [DTYPES.index("bool")], [(3,)], [len(ZEROS) * 4], "x"),
+        [ZEROS * 4],
+    ),
+    "a truth of two": (index_of([EXACT], [DTYPES.index("bool")], [(1,)], [len(deflate(b"\2"))], "x"), [deflate(b"\2")]),
+    "a bfloat16 of 32 bits": (
+        index_of([EXACT], [DTYPES.index("bfloat16")], [()], [len(deflate(b"\1\0\0\0"))], "x"),
+        [deflate(b"\1\0\0\0")],
+    ),
+    "groups of one": (
+        index_of([WEIGHT], [0], [(3, 4)], [len(DENSE_ZEROS) + 1], "x"),
+        [DENSE_ZEROS[:1] + b"\2\1" + DENSE_ZEROS[2:]],
+    ),
+    "a depth of nothing": (
+        index_of([WEIGHT], [0], [(3, 4)], [len(DENSE_ZEROS) + 1], "x"),
+        [DENSE_ZEROS[:1] + b"\4\0" + DENSE_ZEROS[2:]],
+    ),
+    "an escape that never comes": (
+        index_of([WEIGHT], [0], [(3, 4)], [len(NEVER_ESCAPED)], "x"),
+        [NEVER_ESCAPED],
+    ),
     "a dtype that is unknown": (index_of([EXACT], [len(DTYPES)], [(1,)], [len(BYTE)], ["x"]), [BYTE]),
     "a name too few": (index_of([EXACT], [UINT8], [(1,)], [len(BYTE)], ["x"], [0]), [BYTE]),
     "a name too many": (index_of([EXACT], [UINT8], [(1,)], [len(BYTE)], ["x", "y"]), [BYTE]),
@@ -408,10 +438,6 @@ def test_an_index_cut_anywhere_is_refused(tmp_path):
             read(saved(tmp_path, crafted(index[:length], [BYTE])))
 
 
-# Streams of one symbol are as short for any number of integers.
-ZEROS, GRID = encode_integers(np.zeros((1, 1), np.int32)), bytes([2, 0])
-DENSE_ZEROS = bytes([FORMS.index("direct"), 0]) + GRID + GRID + ZEROS
-WIDE_ZEROS = bytes([FORMS.index("svd"), 0]) + GRID + b"\xff\xff\x03" + ZEROS + GRID + ZEROS
 BOMBS = {
     "a dense tensor": (index_of([WEIGHT], [0], [(2**15, 2**15)], [len(DENSE_ZEROS)], ["x"]), [DENSE_ZEROS]),
     "factors of a small tensor": (index_of([WEIGHT], [0], [(1, 2**16)], [len(WIDE_ZEROS)], ["x"]), [WIDE_ZEROS]),

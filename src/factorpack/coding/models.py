@@ -129,6 +129,8 @@ class SymbolModel:
         escape = None
         if escaped:
             weight, order = reader.take(2, "a symbol model's escape")
+            if explicit and not weight:
+                raise FormatError("a symbol model has an escape that never comes")
             escape = Escape(weight, order)
         return explicit_model(low, stored, escape) if explicit else symmetric_model(size, stored, escape)
 

@@ -141,6 +141,8 @@ def decode_weight(reader: Reader, shape: tuple[int, ...]) -> FactoredWeight:
     form = FORMS[form_id]
     groups = reader.varint("the groups") if flags & GROUPED else 1
     depth = reader.varint("the depth") if flags & ALONG_INPUTS else 0
+    if (flags & GROUPED and groups < 2) or (flags & ALONG_INPUTS and not depth):
+        raise FormatError(f"flags {flags} do not fit {groups} groups and a depth of {depth}")
     try:
         tiling = Tiling(shape, groups, bool(flags & TRANSPOSED), depth)
         rows, count = tiling.tiled_shape

@@ -27,6 +27,8 @@ DTYPES = (
     "complex64", "complex128", "uint16", "uint32", "uint64",
 )  # fmt: skip
 """A dtype's place is its id in the file."""
+FACTORED_DTYPES = DTYPES[:4]
+"""Those that weights and small tensors may have."""
 NUMPY_DTYPES = {name: np.dtype("float32" if name == "bfloat16" else name).newbyteorder("<").str for name in DTYPES}
 """How exact tensors are held; bfloat16, which NumPy lacks, as the float32 of equal value."""
 MAX_INDEX_BYTES = 1 << 28

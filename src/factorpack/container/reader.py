@@ -15,6 +15,7 @@ from factorpack.container.layout import (
     CHECKSUM_BYTES,
     DTYPES,
     EXACT,
+    FACTORED_DTYPES,
     HEAD_BYTES,
     KEY,
     MAX_AXES,
@@ -84,6 +85,8 @@ class _Index:
         if any(d >= len(DTYPES) for d in dtypes):
             raise FormatError("the index holds dtypes that are unknown")
         self.dtypes = [DTYPES[d] for d in dtypes]
+        if any(k != EXACT and d not in FACTORED_DTYPES for k, d in zip(self.kinds, self.dtypes, strict=True)):
+            raise FormatError(f"a factored tensor has a dtype other than {', '.join(FACTORED_DTYPES)}")
         axes = [reader.varint("the axes") for _ in range(count)]
         if any(a > MAX_AXES for a in axes):
             raise FormatError(f"a tensor has more than {MAX_AXES} axes")
@@ -120,7 +123,12 @@ def _end(reader: Reader, what: str) -> None:
 
 
 def _exact(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    return np.frombuffer(data, NUMPY_DTYPES[dtype]).reshape(shape)
+    found = np.frombuffer(data, NUMPY_DTYPES[dtype]).reshape(shape)
+    if (dtype == "bool" and (found.view(np.uint8) > 1).any()) or (
+        dtype == "bfloat16" and (found.view("<u4") & 0xFFFF).any()
+    ):
+        raise FormatError(f"an exact tensor of shape {shape} holds what is no {dtype}")
+    return found
 
 
 def read(path: Path, most_bytes: int | None = None) -> tuple[Contents, Bill]:

@@ -16,6 +16,7 @@ from factorpack.container.layout import (
     ALIAS,
     DTYPES,
     EXACT,
+    FACTORED_DTYPES,
     KEY,
     MAX_AXES,
     NUMPY_DTYPES,
@@ -95,6 +96,8 @@ def _check(contents: Contents, names: Sequence[str]) -> None:
             raise UnsupportedError(f"tensor {name} is of dtype {dtype}: convert it to one of {', '.join(DTYPES)}")
         if len(shape) > MAX_AXES:
             raise UnsupportedError(f"tensor {name} has {len(shape)} axes: reshape it to {MAX_AXES} or fewer")
+        if _kind(value) != EXACT and dtype not in FACTORED_DTYPES:
+            raise UnsupportedError(f"tensor {name} of dtype {dtype} cannot be factored: store it exactly")
         if _kind(value) == EXACT:
             assert isinstance(value, np.ndarray), f"{name} is a {type(value).__name__}, which is no array"
             assert value.dtype.str == NUMPY_DTYPES[dtype], f"{name} is held as {value.dtype}, not as {dtype}"
