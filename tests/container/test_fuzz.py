@@ -1,18 +1,22 @@
 """Twenty thousand damaged files: each is refused, or means what it meant; nothing else, in bounded time and memory.
 
 Half of them have their checksums put right again, so that the parser behind these is reached: there another result is
-allowed, as long as its tensors can be made. The mutants are the same in every run.
+allowed, as long as its tensors can be made and the decoder in C makes the same. The mutants are the same in every run.
 """
 
 import resource
 import signal
 import struct
+import subprocess
 import zlib
 from contextlib import contextmanager
+from pathlib import Path
 
 import laws
 import numpy as np
 import pytest
+import torch
+from c_decoder import built
 from safetensors.numpy import save
 from test_container import contents_of, random_contents, small_contents
 
@@ -23,6 +27,7 @@ from factorpack.container.reader import inflate
 from factorpack.container.writer import deflate
 from factorpack.errors import FormatError
 from factorpack.factors import FactoredVector, FactoredWeight
+from factorpack.nn.loading import state_dict
 from factorpack.tiling import Tiling
 
 MUTANTS, PARTS = 20_000, 8
@@ -104,17 +109,17 @@ def in_time():
 
 
 def outcome(path, data):
-    """What a reader finds, its tensors made; None where it refuses."""
+    """What a reader finds, and the CRC-32 of its tensors; None and "refused" where it refuses."""
     path.write_bytes(data)
     with in_time():
         try:
             contents, _ = read(path, MOST_BYTES)
         except FormatError:
-            return None
-        for value in contents.tensors.values():
-            if not isinstance(value, np.ndarray):
-                value.tensor()
-        return contents
+            return None, "refused"
+        crc = 0
+        for tensor in state_dict(contents.tensors, contents.dtypes, contents.aliases).values():
+            crc = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes(), crc)
+        return contents, f"{crc:08x}"
 
 
 def test_files_come_apart_and_together_again():
@@ -122,19 +127,36 @@ def test_files_come_apart_and_together_again():
         assert put_together(*taken_apart(data, contents)) == data
 
 
+@pytest.fixture(scope="module")
+def digests(tmp_path_factory):
+    """What the decoder in C makes of files: their lines of `fpk_digests`."""
+    program = built(Path(__file__).with_name("fpk_digests.c"), tmp_path_factory.mktemp("c"))
+
+    def found(files):
+        data = b"".join(struct.pack("<I", len(file)) + file for file in files)
+        run = subprocess.run([program, str(16 * MOST_BYTES)], input=data, capture_output=True, check=False, timeout=300)
+        assert run.returncode == 0, run.stderr.decode()
+        return run.stdout.decode().split()
+
+    return found
+
+
 @pytest.mark.parametrize("part", range(PARTS))
-def test_a_damaged_file_is_refused_or_means_what_it_meant(part, tmp_path):
+def test_a_damaged_file_is_refused_or_means_what_it_meant(part, digests, tmp_path):
     rng = np.random.default_rng(part)
     path = tmp_path / "mutant.fpk"
     apart = [taken_apart(data, contents) for data, contents in zip(FILES, CORPUS, strict=True)]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused = 0
+    tried, found_here = [], []
     for _ in range(MUTANTS // PARTS // 2):
         which = int(rng.integers(len(FILES)))
-        found = outcome(path, mutated(rng, FILES[which], FILES[int(rng.integers(len(FILES)))]))
-        if found is not None:
-            laws.assert_same_contents(found, CORPUS[which])
-        refused += found is None
+        tried.append(mutated(rng, FILES[which], FILES[int(rng.integers(len(FILES)))]))
+        contents, digest = outcome(path, tried[-1])
+        if contents is not None:
+            laws.assert_same_contents(contents, CORPUS[which])
+        refused += contents is None
+        found_here.append(digest)
         index, records = apart[which]
         records = list(records)
         place = int(rng.integers(-1, len(records)))
@@ -146,7 +168,9 @@ def test_a_damaged_file_is_refused_or_means_what_it_meant(part, tmp_path):
             records[place] = mutated(rng, records[place], other).ljust(len(records[place]), b"\0")[
                 : len(records[place])
             ]
-        outcome(path, put_together(index, records))
+        tried.append(put_together(index, records))
+        found_here.append(outcome(path, tried[-1])[1])
     # Nearly all of what is damaged is refused; what is not was changed where nothing is said.
     assert refused > 0.9 * (MUTANTS // PARTS // 2)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < (4 * MOST_BYTES + (64 << 20)) // 1024
+    assert found_here == digests(tried)
