@@ -150,6 +150,19 @@ def test_every_way_to_load_gives_the_same_network(task, digits_file):
     assert tensors["norms.0.num_batches_tracked"] == task.model().norms[0].num_batches_tracked
 
 
+def test_an_open_file_gives_each_tensor_as_it_is_asked_for(digits_file):
+    tensors, opened = factorpack.load_state_dict(digits_file), factorpack.open_file(digits_file)
+    assert list(opened) == list(tensors)
+    for name, tensor in tensors.items():
+        assert opened.shapes[name] == tuple(tensor.shape)
+        assert opened.dtypes[name] == str(opened[name].dtype).removeprefix("torch.")
+        assert opened[name].dtype == tensor.dtype
+        assert torch.equal(opened[name], tensor), name
+    assert "weight" not in opened
+    with pytest.raises(KeyError):
+        opened["weight"]
+
+
 def test_a_mode_that_does_not_exist_is_refused(task, digits_file):
     with pytest.raises(UnsupportedError, match="'sparse' is no mode: choose dense or on-the-fly"):
         factorpack.load(digits_file, task.model(), mode="sparse")

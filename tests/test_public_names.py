@@ -11,6 +11,7 @@ import factorpack
 ERRORS = {"BudgetError", "FormatError", "MismatchError", "TaskError", "UnsupportedError"}
 NAMES = ERRORS | {"FactorpackError", "Options", "PackedModel", "Report", "compress", "load", "load_state_dict"}
 NAMES |= {"TrainableModel", "kept_dense", "resident_bytes", "save", "trainable"}
+NAMES |= {"PackedTensors", "open_file"}
 NAMES |= {"Lessons", "TrainingOptions", "TrainingReport", "finetune"}
 
 

@@ -15,7 +15,7 @@ from factorpack.errors import (
 if TYPE_CHECKING:
     from factorpack.nn.loading import kept_dense, resident_bytes
     from factorpack.nn.trainable import TrainableModel
-    from factorpack.pipeline import PackedModel, Report, compress, load, load_state_dict
+    from factorpack.pipeline import PackedModel, PackedTensors, Report, compress, load, load_state_dict, open_file
     from factorpack.search import Options
     from factorpack.trained import save, trainable
     from factorpack.training import finetune
@@ -30,6 +30,7 @@ __all__ = [
     "MismatchError",
     "Options",
     "PackedModel",
+    "PackedTensors",
     "Report",
     "TaskError",
     "TrainableModel",
@@ -41,6 +42,7 @@ __all__ = [
     "kept_dense",
     "load",
     "load_state_dict",
+    "open_file",
     "resident_bytes",
     "save",
     "trainable",
@@ -50,6 +52,7 @@ _HOMES = {
     "Lessons": "factorpack.training_options",
     "Options": "factorpack.search",
     "PackedModel": "factorpack.pipeline",
+    "PackedTensors": "factorpack.pipeline",
     "Report": "factorpack.pipeline",
     "TrainableModel": "factorpack.nn.trainable",
     "TrainingOptions": "factorpack.training_options",
@@ -59,6 +62,7 @@ _HOMES = {
     "kept_dense": "factorpack.nn.loading",
     "load": "factorpack.pipeline",
     "load_state_dict": "factorpack.pipeline",
+    "open_file": "factorpack.pipeline",
     "resident_bytes": "factorpack.nn.loading",
     "save": "factorpack.trained",
     "trainable": "factorpack.trained",

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from factorpack.container import Bill, read, write
+from factorpack.container import Bill, File, read, write
 from factorpack.errors import UnsupportedError
 from factorpack.evaluate.limit import gaussian_bits_of
 from factorpack.nn.folding import fold_batch_norms
@@ -220,3 +220,34 @@ def load_state_dict(path: str | Path, most_bytes: int | None = None) -> dict[str
     """
     contents, _ = read(Path(path), most_bytes)
     return state_dict(contents.tensors, contents.dtypes, contents.aliases)
+
+
+class PackedTensors(Mapping[str, Tensor]):
+    """The tensors of an open file by name, each decoded, dense and in its original dtype, when it is asked for.
+
+    The file is mapped, not read: a weight takes its own record alone. It has to stay as it is while it is in use.
+    `shapes` and `dtypes` tell of all names without decoding.
+    """
+
+    def __init__(self, file: File) -> None:
+        self._file = file
+        self.shapes: Mapping[str, tuple[int, ...]] = file.shapes
+        self.dtypes: Mapping[str, str] = file.dtypes
+
+    def __getitem__(self, name: str) -> Tensor:
+        return state_dict({name: self._file.tensor(name)}, {name: self.dtypes[name]}, {})[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def open_file(path: str | Path, most_bytes: int | None = None) -> PackedTensors:
+    """Opens a file to read single tensors of it, without reading the rest; `most_bytes` and errors as for `load`.
+
+    >>> tensors = factorpack.open_file("model.fpk")
+    >>> tensors["conv1.weight"].shape
+    """
+    return PackedTensors(File(Path(path), most_bytes))

@@ -20,7 +20,7 @@ from safetensors.numpy import save
 import factorpack
 from factorpack.coding import append_varint, encode_integers
 from factorpack.coding.records import FORMS, encode_weight
-from factorpack.container import Contents, read, to_bytes, write
+from factorpack.container import Contents, File, read, to_bytes, write
 from factorpack.container.layout import DTYPES, EXACT, KEY, MAX_AXES, NUMPY_DTYPES, PARTS, VECTOR, VERSION, WEIGHT
 from factorpack.container.writer import deflate
 from factorpack.errors import FactorpackError, FormatError, UnsupportedError
@@ -267,6 +267,39 @@ def test_a_damaged_tensor_is_named(tmp_path):
     data[data.find(record) + len(record) // 2] ^= 1
     with pytest.raises(FormatError, match=r"b\.weight.*checksum"):
         read(saved(tmp_path, data))
+
+
+def test_an_open_file_gives_what_reading_gives_and_reads_nothing_else(tmp_path):
+    contents = small_contents()
+    data = bytearray(to_bytes(contents))
+    whole = File(saved(tmp_path, bytes(data)))
+    for name in (*contents.tensors, *contents.aliases):
+        found = (
+            contents_of({"x": whole.tensor(name)}),
+            contents_of({"x": contents.tensors[contents.aliases.get(name, name)]}),
+        )
+        laws.assert_same_contents(*found)
+        assert whole.shapes[name] == found[0].tensors["x"].shape
+    assert whole.dtypes == contents.dtypes
+    # Damage of one record meets those who ask for its tensor, and nobody else.
+    record = encode_weight(contents.tensors["b.weight"])
+    data[data.find(record) + len(record) // 2] ^= 1
+    harmed = File(saved(tmp_path, data, "harmed.fpk"))
+    for name in ("a.weight", "a.bias", "steps", "c.weight"):
+        harmed.tensor(name)
+    with pytest.raises(FormatError, match=r"b\.weight.*checksum"):
+        harmed.tensor("b.weight")
+    with pytest.raises(KeyError):
+        harmed.tensor("d.weight")
+
+
+def test_an_open_file_allows_each_tensor_the_same_memory(tmp_path):
+    index = index_of([WEIGHT], [0], [(1000, 1000)], [len(DENSE_ZEROS)], ["x"])
+    file = File(saved(tmp_path, crafted(index, [DENSE_ZEROS])), most_bytes=8_100_000)
+    for _ in range(3):
+        assert file.tensor("x").shape == (1000, 1000)
+    with pytest.raises(FormatError, match="more memory"):
+        File(file.path, most_bytes=8_000_000).tensor("x")
 
 
 def with_metadata(metadata, tensors=None):

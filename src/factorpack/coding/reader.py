@@ -4,6 +4,8 @@ varint: unsigned LEB128, seven bits a byte from the lowest, five bytes and 2^32 
 byte of zero. zigzag: the varint of 0, -1, 1, -2, ... counted from zero.
 """
 
+from copy import copy
+
 from factorpack.errors import FormatError
 
 VARINT_BYTES = 5
@@ -18,6 +20,10 @@ class Allowance:
 
     def __init__(self, size: int) -> None:
         self._size = self._left = size
+
+    def copy(self) -> "Allowance":
+        """One that is spent by itself."""
+        return copy(self)
 
     def spend(self, size: int, what: str) -> None:
         """Takes `size` bytes of it; FormatError, before anything is allocated, where they are not left."""

@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from functools import cached_property
 from math import prod
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from factorpack.container.layout import (
     Value,
 )
 from factorpack.errors import FormatError
+from factorpack.factors import FactoredVector, FactoredWeight
 
 LEAST_ALLOWED, ALLOWED_RATIO = 1 << 26, 1024
 """Bytes of memory that what is in a file may take where the caller does not say: so many, or that many times its size,
@@ -38,25 +40,35 @@ ENTRY_BYTES = 512
 """Memory that an entry of the index takes as Python's objects."""
 
 
-def _blob(path: Path) -> bytes:
-    try:
-        with safe_open(path, framework="np") as file:
-            version = (file.metadata() or {}).get(KEY)
-            if version is None or list(file.keys()) != [KEY]:
-                raise FormatError(f"{path} is a safetensors file, but not one of Factorpack's")
-            if version != VERSION:
-                raise FormatError(
-                    f"{path} has format version {version}; this reader knows {VERSION}: update factorpack"
-                )
-            stored = file.get_slice(KEY)
-            # Asked before the tensor is: NumPy lacks some of the dtypes that safetensors has.
-            if stored.get_dtype() != "U8" or len(stored.get_shape()) != 1:
-                raise FormatError(f"{path} is a safetensors file, but not one of Factorpack's")
-            return bytes(file.get_tensor(KEY))
-    except FileNotFoundError as error:
-        raise FormatError(f"{path} does not exist") from error
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path} is damaged, truncated or not a Factorpack file ({error})") from error
+class _Blob:
+    """The one tensor of a safetensors file, read in parts: the file is mapped, not read."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="np") as file:
+                version = (file.metadata() or {}).get(KEY)
+                if version is None or list(file.keys()) != [KEY]:
+                    raise FormatError(f"{path} is a safetensors file, but not one of Factorpack's")
+                if version != VERSION:
+                    raise FormatError(
+                        f"{path} has format version {version}; this reader knows {VERSION}: update factorpack"
+                    )
+                # Holds the mapping for as long as it is there.
+                self._bytes = file.get_slice(KEY)
+                # Asked before the tensor is: NumPy lacks some of the dtypes that safetensors has.
+                if self._bytes.get_dtype() != "U8" or len(self._bytes.get_shape()) != 1:
+                    raise FormatError(f"{path} is a safetensors file, but not one of Factorpack's")
+            self.file_bytes = path.stat().st_size
+        except FileNotFoundError as error:
+            raise FormatError(f"{path} does not exist") from error
+        except (SafetensorError, OSError) as error:
+            raise FormatError(f"{path} is damaged, truncated or not a Factorpack file ({error})") from error
+        (self.size,) = self._bytes.get_shape()
+
+    def reader(self, start: int, size: int, allowance: Allowance) -> Reader:
+        """A reader of `size` bytes from `start` on, or of those that there are."""
+        part = self._bytes[min(start, self.size) : min(start + size, self.size)]
+        return Reader(part.data, allowance)
 
 
 def inflate(data: bytes | memoryview, size: int, what: str) -> bytes:
@@ -109,14 +121,6 @@ class _Index:
         self.aliases = {name: self.names[target] for name, target in zip(names[count:], targets, strict=True)}
 
 
-def _record(reader: Reader, size: int, what: str, allowance: Allowance) -> Reader:
-    data = reader.take(size, what)
-    (checksum,) = struct.unpack("<I", reader.take(CHECKSUM_BYTES, f"the checksum of {what}"))
-    if zlib.crc32(data) != checksum:
-        raise FormatError(f"{what} is damaged: its checksum is wrong")
-    return Reader(data, allowance)
-
-
 def _end(reader: Reader, what: str) -> None:
     if reader.remaining:
         raise FormatError(f"{what} is followed by {reader.remaining} bytes that do not belong there")
@@ -131,64 +135,122 @@ def _exact(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     return found
 
 
-def read(path: Path, most_bytes: int | None = None) -> tuple[Contents, Bill]:
-    """What the file holds, and where its bytes are.
+class File:
+    """A file that is open: the index is checked, a record is read when one of its tensors is asked for.
 
-    `most_bytes` bounds the memory for its dense tensors and the integers of their factors together; None stands for
-    1,024 times the file's size, or 64 MiB where that is more. Raises FormatError, naming the tensor and before the
-    memory is used, where the file asks for more, is damaged, truncated, of another kind or version.
+    `dtypes` and `shapes` are those of all names, the stored ones first, in the file's order; `aliases` are tied names,
+    each with the name that is stored for it. `most_bytes` bounds the memory for the dense tensors and the integers of
+    their factors together; None stands for 1,024 times the file's size, or 64 MiB where that is more.
+    Raises FormatError, before the memory is used, where the file asks for more, is damaged, truncated, of another kind
+    or version.
     """
-    blob = _blob(path)
-    reader = Reader(blob)
-    allowance = Allowance(max(LEAST_ALLOWED, ALLOWED_RATIO * len(blob)) if most_bytes is None else most_bytes)
-    stored, size, checksum = struct.unpack("<III", reader.take(HEAD_BYTES, "the head"))
-    if size > MAX_INDEX_BYTES:
-        raise FormatError(f"an index of {size} bytes is larger than {MAX_INDEX_BYTES}")
-    deflated = reader.take(stored, "the index")
-    # Of the bytes as stored: deflate ends in bits that mean nothing, and a changed one is damage too.
-    if zlib.crc32(deflated) != checksum:
-        raise FormatError("the index is damaged: its checksum is wrong")
-    allowance.spend(size, "the index")
-    index = _Index(inflate(deflated, size, "the index"), allowance)
-    sizes = iter(index.sizes)
-    found: dict[str, Value] = {}
-    bills = []
-    members = {kind: [i for i, k in enumerate(index.kinds) if k == kind] for kind in (WEIGHT, VECTOR, EXACT)}
-    for place in members[WEIGHT]:
-        name, shape = index.names[place], index.shapes[place]
+
+    def __init__(self, path: Path, most_bytes: int | None = None) -> None:
+        self.path = path
+        self._blob = blob = _Blob(path)
+        self._allowance = allowance = Allowance(
+            max(LEAST_ALLOWED, ALLOWED_RATIO * blob.size) if most_bytes is None else most_bytes
+        )
+        head = blob.reader(0, HEAD_BYTES, allowance).take(HEAD_BYTES, "the head")
+        stored, size, checksum = struct.unpack("<III", head)
+        if size > MAX_INDEX_BYTES:
+            raise FormatError(f"an index of {size} bytes is larger than {MAX_INDEX_BYTES}")
+        deflated = blob.reader(HEAD_BYTES, stored, allowance).take(stored, "the index")
+        # Of the bytes as stored: deflate ends in bits that mean nothing, and a changed one is damage too.
+        if zlib.crc32(deflated) != checksum:
+            raise FormatError("the index is damaged: its checksum is wrong")
+        allowance.spend(size, "the index")
+        self._index = index = _Index(inflate(deflated, size, "the index"), allowance)
+        self._places: dict[str | int, tuple[int, int]] = {}
+        self._index_bytes = start = HEAD_BYTES + stored
+        owners: list[str | int] = [*self._names(WEIGHT), *(kind for kind in (VECTOR, EXACT) if kind in index.kinds)]
+        for owner, size in zip(owners, index.sizes, strict=True):
+            self._places[owner] = start, size
+            start += size + CHECKSUM_BYTES
+        if start != blob.size:
+            raise FormatError(f"the index tells of {start:,} bytes, and there are {blob.size:,}")
+        stored_dtypes = dict(zip(index.names, index.dtypes, strict=True))
+        stored_shapes = dict(zip(index.names, index.shapes, strict=True))
+        self.aliases = index.aliases
+        self.dtypes = stored_dtypes | {tied: stored_dtypes[name] for tied, name in index.aliases.items()}
+        self.shapes = stored_shapes | {tied: stored_shapes[name] for tied, name in index.aliases.items()}
+
+    def _names(self, kind: int) -> list[str]:
+        index = self._index
+        return [name for name, found in zip(index.names, index.kinds, strict=True) if found == kind]
+
+    def _record(self, owner: str | int, what: str, allowance: Allowance) -> Reader:
+        """The record of a weight, by name, or of a kind of tensors."""
+        start, size = self._places[owner]
+        reader = self._blob.reader(start, size + CHECKSUM_BYTES, allowance)
+        data = reader.take(size, what)
+        (checksum,) = struct.unpack("<I", reader.take(CHECKSUM_BYTES, f"the checksum of {what}"))
+        if zlib.crc32(data) != checksum:
+            raise FormatError(f"{what} is damaged: its checksum is wrong")
+        return Reader(data, allowance)
+
+    def _weight(self, name: str, allowance: Allowance) -> tuple[FactoredWeight, TensorBill]:
+        shape = self.shapes[name]
         try:
-            record = _record(reader, next(sizes), "its record", allowance)
+            record = self._record(name, "its record", allowance)
             weight = decode_weight(record, shape)
             _end(record, "its record")
         except FormatError as error:
-            raise FormatError(f"{path}: tensor {name}: {error}") from error
-        found[name] = weight
-        bills.append(TensorBill(name, weight.form, shape, {**record.books, "checksums": CHECKSUM_BYTES}))
-    shared = {"index": stored + HEAD_BYTES, "header": path.stat().st_size - len(blob), "checksums": 0}
-    if members[VECTOR]:
-        size = next(sizes)
-        record = _record(reader, size, "the record of the small tensors", allowance)
-        vectors = decode_vectors(record, [index.shapes[i] for i in members[VECTOR]])
+            raise FormatError(f"{self.path}: tensor {name}: {error}") from error
+        return weight, TensorBill(name, weight.form, shape, {**record.books, "checksums": CHECKSUM_BYTES})
+
+    @cached_property
+    def _vectors(self) -> dict[str, FactoredVector]:
+        names = self._names(VECTOR)
+        if not names:
+            return {}
+        record = self._record(VECTOR, "the record of the small tensors", self._allowance)
+        vectors = decode_vectors(record, [self.shapes[name] for name in names])
         _end(record, "the record of the small tensors")
-        found |= {index.names[i]: v for i, v in zip(members[VECTOR], vectors, strict=True)}
-        shared["small tensors"] = size
-        shared["checksums"] += CHECKSUM_BYTES
-    if members[EXACT]:
-        size = next(sizes)
-        record = _record(reader, size, "the record of the exact tensors", allowance)
-        lengths = [prod(index.shapes[i]) * np.dtype(NUMPY_DTYPES[index.dtypes[i]]).itemsize for i in members[EXACT]]
-        raw = inflate(record.take(size, "the exact tensors"), sum(lengths), "the record of the exact tensors")
-        start = 0
-        for place, length in zip(members[EXACT], lengths, strict=True):
-            found[index.names[place]] = _exact(raw[start : start + length], index.dtypes[place], index.shapes[place])
+        return dict(zip(names, vectors, strict=True))
+
+    @cached_property
+    def _exact(self) -> dict[str, np.ndarray]:
+        names = self._names(EXACT)
+        if not names:
+            return {}
+        record = self._record(EXACT, "the record of the exact tensors", self._allowance)
+        lengths = [prod(self.shapes[name]) * np.dtype(NUMPY_DTYPES[self.dtypes[name]]).itemsize for name in names]
+        data = record.take(record.remaining, "the exact tensors")
+        raw = inflate(data, sum(lengths), "the record of the exact tensors")
+        found, start = {}, 0
+        for name, length in zip(names, lengths, strict=True):
+            found[name] = _exact(raw[start : start + length], self.dtypes[name], self.shapes[name])
             start += length
-        shared["exact tensors"] = size
-        shared["checksums"] += CHECKSUM_BYTES
-    _end(reader, "the last record")
-    dtypes = dict(zip(index.names, index.dtypes, strict=True))
-    contents = Contents(
-        {name: found[name] for name in index.names},
-        dtypes | {alias: dtypes[target] for alias, target in index.aliases.items()},
-        index.aliases,
-    )
-    return contents, Bill(tuple(bills), shared, path.stat().st_size)
+        return found
+
+    def tensor(self, name: str) -> Value:
+        """What is stored of a tensor, or of what it is tied to; KeyError for a name that is not in the file.
+
+        A weight's record alone is read. Small tensors have one record in common, and so have exact ones: these are
+        kept once they are read. Raises FormatError, naming the tensor, where the record is damaged.
+        """
+        name = self.aliases.get(name, name)
+        if name in self._places:
+            # By itself: what was asked for before may be gone.
+            return self._weight(name, self._allowance.copy())[0]
+        return self._vectors[name] if name in self._vectors else self._exact[name]
+
+    def contents(self) -> tuple[Contents, Bill]:
+        """All that the file holds, and where its bytes are."""
+        weights = {name: self._weight(name, self._allowance) for name in self._names(WEIGHT)}
+        found: dict[str, Value] = {name: weight for name, (weight, _) in weights.items()}
+        found |= self._vectors
+        found |= self._exact
+        contents = Contents({name: found[name] for name in self._index.names}, self.dtypes, self.aliases)
+        shared = {
+            "header": self._blob.file_bytes - self._blob.size, "index": self._index_bytes,
+            "small tensors": self._places.get(VECTOR, (0, 0))[1], "exact tensors": self._places.get(EXACT, (0, 0))[1],
+            "checksums": CHECKSUM_BYTES * ((VECTOR in self._places) + (EXACT in self._places)),
+        }  # fmt: skip
+        return contents, Bill(tuple(bill for _, bill in weights.values()), shared, self._blob.file_bytes)
+
+
+def read(path: Path, most_bytes: int | None = None) -> tuple[Contents, Bill]:
+    """What the file holds, and where its bytes are; `most_bytes` and errors as for `File`."""
+    return File(path, most_bytes).contents()
