@@ -1,10 +1,12 @@
 """Contents to a file."""
 
+import errno
 import os
 import struct
 import tempfile
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -103,15 +105,32 @@ def _check(contents: Contents, names: Sequence[str]) -> None:
             assert value.dtype.str == NUMPY_DTYPES[dtype], f"{name} is held as {value.dtype}, not as {dtype}"
 
 
+def _refusal(what: str, error: OSError, advice: str) -> FactorpackError:
+    """What to raise for an error of the disk; `advice` is for whatever is not a lack of space."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return FactorpackError(
+        f"{what}: {error.strerror}; {'free space there, or choose another place' if full else advice}"
+    )
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it, where it is not there. Raises FactorpackError where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _refusal(f"cannot make the folder {path}", error, "choose another place") from error
+
+
 def write(path: Path, data: bytes) -> None:
     """Writes `data` to a temporary sibling, syncs it and renames it: nobody ever sees half a file.
 
-    Raises FactorpackError where the folder is missing or the disk full; the old file then stays.
+    Raises FactorpackError where the folder is missing or the disk full; the old file then stays. A kill can leave the
+    sibling behind, `.NAME.*.part`; no other call removes it, since it cannot be told from one that is being written.
     """
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     except OSError as error:
-        raise FactorpackError(f"cannot write {path}: {error.strerror}; does the folder exist, and may you?") from error
+        raise _refusal(f"cannot write {path}", error, "does the folder exist, and may you?") from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -123,6 +142,8 @@ def write(path: Path, data: bytes) -> None:
         Path(name).chmod(0o666 & ~mask)
         Path(name).replace(path)
     except OSError as error:
-        raise FactorpackError(f"cannot write {path}: {error.strerror}") from error
+        raise _refusal(f"cannot write {path}", error, "choose another place") from error
     finally:
-        Path(name).unlink(missing_ok=True)
+        # It is gone where all went well, and cannot go where a broken disk turned read-only.
+        with suppress(OSError):
+            Path(name).unlink()
