@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak fuzz coverage lint clean
 
 $(VENV)/.ready: requirements/test.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,24 @@ lint: $(VENV)/.ready
 
 test: lint
 	$(BIN)/python -m pytest
+
+# What takes long: kills by the hundred, files of gigabytes.
+soak: $(VENV)/.ready
+	$(BIN)/python -m pytest -m soak
+
+MINUTES ?= 30
+
+$(VENV)/.fuzz: requirements/fuzz.txt $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/fuzz.txt
+	touch $@
+
+# Damaged files for both readers, chosen by what they reach: 'make fuzz MINUTES=5'. Needs clang.
+fuzz: $(VENV)/.fuzz
+	$(BIN)/python fuzz/run.py --minutes $(MINUTES)
+
+# How many branches of the reader its tests take; fails where they are too few.
+coverage: $(VENV)/.fuzz
+	$(BIN)/python bench/branches.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist

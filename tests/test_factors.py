@@ -280,3 +280,11 @@ def test_a_vector_beyond_float32_is_its_largest_value():
 def test_a_vector_without_sense_is_refused(shape, count, exponent, offset, logarithmic):
     with pytest.raises(MismatchError):
         FactoredVector(shape, np.zeros(count, np.int32), exponent, offset, logarithmic)
+
+
+def test_large_weights_are_recombined_in_parts(monkeypatch):
+    for name, weight in laws.weights(0):
+        whole = weight.tensor()
+        monkeypatch.setattr("factorpack.factors.ENTRIES_AT_ONCE", 2 * weight.tiling.tiled_shape[0])
+        np.testing.assert_array_equal(weight.tensor(), whole, err_msg=name)
+        monkeypatch.undo()

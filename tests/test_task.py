@@ -5,11 +5,10 @@ from textwrap import dedent
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from factorpack.errors import MismatchError, TaskError
-from factorpack.task import Task, load_task, load_weights
+from factorpack.task import Task, load_task
 
 
 def write(folder: Path, text: str, name: str = "task.py") -> str:
@@ -176,19 +175,3 @@ def test_a_model_is_a_module():
 def test_an_output_is_one_of_two():
     with pytest.raises(TaskError, match="output is 'classes'; it must be one of logits, embedding"):
         _ = task(output="classes").output
-
-
-def test_bare_weights_come_as_they_are(tmp_path):
-    tensors = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.count": torch.tensor([7])}
-    save_file(tensors, tmp_path / "bare.safetensors")
-    found = load_weights(tmp_path / "bare.safetensors")
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-
-
-def test_bare_weights_that_are_none_are_named(tmp_path):
-    (tmp_path / "bad.safetensors").write_bytes(b"nothing of the kind")
-    with pytest.raises(TaskError, match="is no valid safetensors file"):
-        load_weights(tmp_path / "bad.safetensors")
-    with pytest.raises(TaskError, match=r"no file .*missing\.safetensors"):
-        load_weights(tmp_path / "missing.safetensors")

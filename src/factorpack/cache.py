@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from factorpack import __version__
-from factorpack.container import Contents, read, to_bytes, write
-from factorpack.errors import FactorpackError, UnsupportedError
+from factorpack.container import Contents, make_folder, read, to_bytes, write
+from factorpack.errors import UnsupportedError
 from factorpack.factors import FactoredWeight
 from factorpack.nn.state import State
 from factorpack.nn.statistics import Sample, Statistics, WeightStatistics
@@ -64,7 +64,8 @@ def _feed(digest: Any, value: object) -> None:
     else:
         raise UnsupportedError(
             f"a calibration batch holds a {type(value).__name__}, which a cache cannot tell from another: "
-            f"hand over tensors, numbers and strings in tuples, lists or dicts, or leave the cache out"
+            f"hand over tensors, numbers and strings in tuples, lists or dicts, or leave the cache out (--cache and "
+            f"--resume)"
         )
 
 
@@ -75,10 +76,13 @@ def key_of(source: Source, options: Options) -> str:
     """
     digest = sha256()
     model = source.model
-    tensors = dict(model.state_dict()) if isinstance(model, nn.Module) else model
+    tensors: Mapping[str, Any] = model.state_dict() if isinstance(model, nn.Module) else model
     # Strides and paddings are in no tensor. Addresses, which some modules print, change with every run.
     printed = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(model)) if isinstance(model, nn.Module) else None
-    _feed(digest, {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)})
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor):
+            _feed(digest, name)
+            _feed(digest, tensor)
     _feed(digest, [printed, source.batches, source.output, asdict(options), __version__])
     return digest.hexdigest()
 
@@ -133,14 +137,11 @@ def opened(source: Source, options: Options, folder: Path, note: Note) -> Store:
     if options.form == "vq" or options.solver == "projected-gradient":
         raise UnsupportedError(
             "there is no analysis of form vq and of projected gradients, which no λ leads to: "
-            "ask for a --size without --cache"
+            "ask for a --size without --cache and --resume"
         )
     key = key_of(source, options)
     part = folder / key[:16]
-    try:
-        part.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FactorpackError(f"cannot make the folder {part}: {error.strerror}") from error
+    make_folder(part)
     return Store(part, key, note)
 
 
@@ -241,8 +242,8 @@ def analyse(source: Source, options: Options, folder: Path, progress: Progress, 
     if not state.layers:
         raise UnsupportedError("there are no weights to analyse: every tensor is small or kept exactly")
     met = frozenset[str]() if state.prefix is None else state.prefix.names
-    # Weights behind the prefix are solved anew for every file: of these the outline is enough.
-    needed = [name for name in state.layers if name not in met]
+    # Weights behind the prefix are solved anew for every file, stored ones when they are needed: the outline is enough.
+    needed = [] if state.stored else [name for name in state.layers if name not in met]
 
     @lru_cache(maxsize=RUNGS_HELD)
     def weights_of(name: str) -> Mapping[str, Any]:
@@ -254,7 +255,7 @@ def analyse(source: Source, options: Options, folder: Path, progress: Progress, 
         return weight
 
     def candidate(name: str, layer: str, form: str, loss: float, size_bytes: float, rate: float) -> Candidate:
-        again = partial(resolved, state.layers[layer], form, rate, options.rank)
+        again = partial(resolved, state.layers, layer, form, rate, options.rank)
         return Candidate(form, loss, size_bytes, rate, partial(held, name, layer) if layer in needed else again)
 
     with one_thread():

@@ -42,7 +42,10 @@ screen = Console(markup=False)
 UNITS = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KIB": 1024, "MIB": 1024**2, "GIB": 1024**3}
 
 TaskArgument = Annotated[
-    str, typer.Argument(metavar="TASK", help="A task file (.py), module:attribute, or a bare .safetensors file.")
+    str,
+    typer.Argument(
+        metavar="TASK", help="A task file (.py), module:attribute, a .safetensors file or a folder of them."
+    ),
 ]
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE.fpk", help="A compressed file.")]
 Form = Annotated[str, typer.Option(help="auto, direct, sparse_pca, svd, vq or separable for all weights.")]
@@ -62,6 +65,14 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **kwargs)
         except FactorpackError as error:
             notes.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+        except BrokenPipeError:
+            # Who reads has read enough.
+            raise
+        except OSError as error:
+            # Temporary folders, and what is printed, take space too.
+            text = f"{error}; is the disk full, and may you write there?"
+            notes.print(f"[bold red]error:[/] {escape(text)}", highlight=False, soft_wrap=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             notes.print("stopped; a file is written complete or not at all")
@@ -144,11 +155,12 @@ def _note(text: str) -> None:
 def _source(spec: str, scored: str = "") -> tuple["Task | None", "Source"]:
     """The task (None for bare weights) and what of it is compressed; what is to be `scored` takes no bare weights."""
     from factorpack.curve import require_scores
+    from factorpack.nn.stored import stored_tensors
     from factorpack.pipeline import Source
-    from factorpack.task import load_task, load_weights
+    from factorpack.task import load_task
 
-    if spec.endswith(".safetensors") and not scored:
-        return None, Source(load_weights(Path(spec)))
+    if (spec.endswith(".safetensors") or Path(spec).is_dir()) and not scored:
+        return None, Source(stored_tensors(Path(spec)))
     task = load_task(spec)
     if scored:
         require_scores(task, scored)
@@ -211,9 +223,19 @@ def compress(
     cache: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Keep the analysis of this model there: any further size then takes far less time."
+            metavar="DIR",
+            help="Keep the analysis of this model there: a run that was stopped goes on where it was, and any further "
+            "size takes far less time.",
         ),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on where a run that was stopped was; keeps its work in FILE.fpk.cache where no --cache is given. "
+            "The folder stays: any further size then takes far less time.",
+        ),
+    ] = False,
     form: Form = "auto",
     solver: Annotated[str, typer.Option(help="sequential, or projected-gradient with a form.")] = "sequential",
     rank: Annotated[
@@ -238,6 +260,8 @@ def compress(
     _check_folder(save_plan, "--save-plan")
     if plan is not None and (form, solver, rank) != ("auto", "sequential", "rate"):
         raise UnsupportedError("a plan says the form of each weight: leave --form, --solver and --rank out")
+    if resume and cache is None:
+        cache = out.with_name(out.name + ".cache")
     goal = Goal(parse_size(size) if size else 0, ratio, max_drop, _read_plan(plan) if plan else None)
     options = Options(form, solver, seed, tuple(exclude or ()), keep_batch_norms, rank)
     with _bars() as progress:
@@ -470,10 +494,11 @@ def evaluate(
 @command
 def inspect(file: FileArgument, as_json: Json = False) -> None:
     """Show where the bytes of a file are; the bill adds up to the file's size."""
-    from factorpack.container import read
-    from factorpack.factors import FactoredVector
+    from factorpack.container import File
 
-    contents, bill = read(file)
+    opened = File(file)
+    with _waiting("decoding"):
+        bill = opened.bill()
     table = Table("tensor", "form", "shape", "codes", "basis", "tables", "steps", "check", "bytes", "bits/weight")
     for column in table.columns[3:]:
         column.justify = "right"
@@ -483,9 +508,8 @@ def inspect(file: FileArgument, as_json: Json = False) -> None:
         shape = "x".join(map(str, weight.shape))
         table.add_row(weight.name, weight.form, shape, *map(str, parts), str(weight.size_bytes), f"{bits:.2f}")
     table.add_section()
-    small = sum(isinstance(tensor, FactoredVector) for tensor in contents.tensors.values())
     for part, value in bill.shared.items():
-        table.add_row(f"{part} ({small})" if part == "small tensors" else part, *[""] * 7, str(value), "")
+        table.add_row(f"{part} ({len(opened.small)})" if part == "small tensors" else part, *[""] * 7, str(value), "")
     table.add_section()
     table.add_row("file", *[""] * 7, str(bill.size_bytes), "")
     (screen if screen.is_terminal else Console(width=max(screen.width, 150), markup=False)).print(table)
@@ -497,16 +521,20 @@ def inspect(file: FileArgument, as_json: Json = False) -> None:
 @command
 def verify(file: FileArgument, as_json: Json = False) -> None:
     """Check every length and checksum of a file and decode all of it."""
-    from factorpack.container import read
+    from factorpack.container import File
     from factorpack.factors import FactoredVector, FactoredWeight
 
-    contents, bill = read(file)
-    for tensor in contents.tensors.values():
-        if isinstance(tensor, FactoredWeight | FactoredVector):
-            tensor.tensor()
-    names = len(contents.tensors) + len(contents.aliases)
-    screen.print(f"{file}: good, {names} tensors, {bill.size_bytes:,} bytes", highlight=False)
-    _result({"ok": True, "tensors": names, "size_bytes": bill.size_bytes}, as_json)
+    opened = File(file)
+    stored = [name for name in opened.shapes if name not in opened.aliases]
+    with _bars() as progress:
+        for done, name in enumerate(stored):
+            progress("decoding", done, len(stored))
+            tensor = opened.tensor(name)
+            if isinstance(tensor, FactoredWeight | FactoredVector):
+                tensor.tensor()
+    names, size = len(opened.shapes), file.stat().st_size
+    screen.print(f"{file}: good, {names} tensors, {size:,} bytes", highlight=False)
+    _result({"ok": True, "tensors": names, "size_bytes": size}, as_json)
 
 
 @app.command(epilog="Example: factorpack decompress model.fpk --out model.safetensors")

@@ -27,6 +27,8 @@ FRACTION_BITS = 30
 EXPONENT_LIMIT = 120 * STEPS_PER_OCTAVE
 LOGARITHM_LIMIT = 1000 * STEPS_PER_OCTAVE
 INTEGER_LIMIT = 2**24
+ENTRIES_AT_ONCE = 1 << 24
+"""Of a larger weight so many are worked on at a time: what is half done takes several times as much memory."""
 
 
 @cache
@@ -248,20 +250,25 @@ class FactoredWeight:
 
     def tiles(self) -> Float32[np.ndarray, "d N"]:
         """The recombined matrix, float32."""
-        basis = self.basis.integers
-        if isinstance(self.codes, OneHotCodes):
-            assert basis is not None
-            product = basis[:, self.codes.indices].astype(np.float64)
-            columns = np.ones(1)
-        else:
-            codes = self.codes.integers.astype(np.float64)
-            # Integers below 2^53: exact in float64 in whatever order a machine adds them.
-            product = codes if basis is None else basis.astype(np.float64) @ codes
-            columns = self.codes.grid.steps
+        depth, count = self.tiling.tiled_shape
+        basis, codes = self.basis.integers, self.codes
+        exact = None if basis is None else basis.astype(np.float64)
         # Rounded to float32 first, so that steps times steps is exact in float64 and one rounding remains.
-        rows = np.asarray(self.basis.grid.steps, np.float32).astype(np.float64)
-        columns = np.asarray(columns, np.float32).astype(np.float64)
-        return np.asarray(product * (rows[:, None] * columns[None, :]), np.float32)
+        rows = np.asarray(self.basis.grid.steps, np.float32).astype(np.float64)[:, None]
+        columns = np.ones(1) if isinstance(codes, OneHotCodes) else codes.grid.steps
+        columns = np.broadcast_to(np.asarray(columns, np.float32).astype(np.float64), (count,))
+        tiles = np.empty((depth, count), np.float32)
+        at_once = max(ENTRIES_AT_ONCE // depth, 1)
+        for part in (slice(start, start + at_once) for start in range(0, count, at_once)):
+            if isinstance(codes, OneHotCodes):
+                assert exact is not None
+                product = exact[:, codes.indices[part]]
+            else:
+                product = codes.integers[:, part].astype(np.float64)
+                # Integers below 2^53: exact in float64 in whatever order a machine adds them.
+                product = product if exact is None else exact @ product
+            tiles[:, part] = product * (rows * columns[part])
+        return tiles
 
     def tensor(self) -> Float32[np.ndarray, "..."]:
         """The weight in its own shape, float32."""

@@ -19,8 +19,9 @@ from factorpack.evaluate.limit import gaussian_bits_of
 from factorpack.nn.folding import fold_batch_norms
 from factorpack.nn.loading import place_dense, place_on_the_fly, state_dict
 from factorpack.nn.prefix import Prefix, copy_of
-from factorpack.nn.state import State, read_state
+from factorpack.nn.state import State, check_values, read_state, read_stored
 from factorpack.nn.statistics import Statistics, collect
+from factorpack.nn.stored import StoredTensors
 from factorpack.plan import ModelPlan
 from factorpack.search import Options, Packed, Progress, pack
 from factorpack.task import Evaluate, Scores, as_scores, checked_output
@@ -76,7 +77,7 @@ class PackedModel:
 
 def dense_bytes(state: State) -> int:
     """Bytes of the tensors in their own dtypes, each tied one once."""
-    sizes = {name: layer.tensor.size for name, layer in state.layers.items()}
+    sizes = {name: math.prod(shape) for name, shape in state.shapes.items()}
     sizes |= {name: small.values.size for name, small in state.small.items()}
     sizes |= {name: array.size for name, array in state.exact.items()}
     return sum(size * getattr(torch, state.dtypes[name]).itemsize for name, size in sizes.items())
@@ -93,7 +94,7 @@ class Source:
     `output` says what the network returns, "logits" or "embedding".
     """
 
-    model: nn.Module | Mapping[str, Tensor]
+    model: nn.Module | StoredTensors
     batches: Sequence[object] | None = None
     output: str = "logits"
 
@@ -103,7 +104,9 @@ class Source:
         Works on a copy of the network, in eval mode, with its batch norms folded unless the options keep them.
         """
         if not isinstance(self.model, nn.Module):
-            return read_state(self.model, exclude=options.exclude)
+            return read_stored(self.model, options.exclude)
+        # Before the network is run: without values it fails in ways of its own.
+        check_values(self.model.state_dict(keep_vars=True))
         model = copy_of(self.model).eval()
         if not options.keep_batch_norms:
             fold_batch_norms(model, lambda name: any(fnmatchcase(name, pattern) for pattern in options.exclude))
@@ -134,7 +137,7 @@ def one_thread() -> Iterator[None]:
 
 def _bits_per_weight(state: State, bill: Bill, plan: ModelPlan) -> tuple[float | None, float | None]:
     """Bits a weight, of the file and of the Gaussian reference; see `Report`."""
-    entries = sum(layer.tensor.size for layer in state.layers.values())
+    entries = sum(math.prod(shape) for shape in state.shapes.values())
     # Without calibration losses are relative errors, which no reference is known for.
     if state.prefix is None or not entries:
         return None, None
@@ -150,7 +153,7 @@ def finish(
     with tempfile.TemporaryDirectory() as folder:
         target = path or Path(folder) / "model.fpk"
         write(target, packed.data)
-        _, bill = read(target)
+        bill = File(target).bill()
         start = time.perf_counter()
         scores = score(target) if score else {}
         evaluation = time.perf_counter() - start

@@ -131,6 +131,21 @@ def _candidate(layer: Layer, weight: FactoredWeight, rate: float) -> Candidate:
     return Candidate(weight.form, layer.loss(weight), predicted_bits(weight) / 8, rate, partial(_same, weight))
 
 
+@dataclass(frozen=True)
+class _Record:
+    """The bytes of a weight, and what a plan tells of it."""
+
+    data: bytes
+    step: float
+    rank: int
+    depth: int
+
+
+def _record(weight: FactoredWeight) -> _Record:
+    grid = getattr(weight.codes, "grid", weight.basis.grid)
+    return _Record(encode_weight(weight), float(grid.steps[0]), weight.codes.shape[0], weight.tiling.depth)
+
+
 def _cheapest(candidates: Sequence[Candidate], rate: float) -> Candidate:
     """The least loss + λ·bits."""
     return min(candidates, key=lambda candidate: candidate.cost(rate))
@@ -157,7 +172,7 @@ class _Search:
     options: Options
     progress: Progress
     found: dict[str, list[Candidate]] = field(default_factory=dict)
-    records: WeakKeyDictionary[Candidate, bytes] = field(default_factory=WeakKeyDictionary)
+    records: WeakKeyDictionary[Candidate, _Record] = field(default_factory=WeakKeyDictionary)
     settled: set[str] = field(default_factory=set)
     """Layers that no λ changes any more."""
     learned: dict[str, float] = field(default_factory=dict)
@@ -168,12 +183,16 @@ class _Search:
 
     def _solved(self, layer: Layer, rate: float) -> list[Candidate]:
         """The candidates of `layer` at λ = `rate`."""
-        found = [_candidate(layer, solve(rate), rate) for solve in self._solvers(layer).values()]
-        if not self.met:
-            return found
-        # Most are never needed: a walk solves its layers again. What is needed is made again.
         solvers = self._solvers(layer)
-        return [replace(candidate, make=partial(solvers[candidate.form], rate)) for candidate in found]
+        return [self._told(layer, solve(rate), rate, self.options.rank) for solve in solvers.values()]
+
+    def _told(self, layer: Layer, weight: FactoredWeight, rate: float, rank_by: str) -> Candidate:
+        """The candidate; it holds the weight only where that will most likely be needed and there is memory for it."""
+        found = _candidate(layer, weight, rate)
+        # A walk solves its layers again, and of stored ones no more than one is to be held.
+        if not self.met and not self.state.stored:
+            return found
+        return replace(found, make=partial(resolved, self.state.layers, layer.name, weight.form, rate, rank_by))
 
     def ladder(self) -> None:
         """The candidates that no λ leads to: codebooks, and every form by projected gradients."""
@@ -198,11 +217,11 @@ class _Search:
         """Solves every layer at λ = `rate`; the bytes of the cheapest candidates at that λ."""
         total = 0.0
         layers = self.state.layers
-        for done, layer in enumerate(layers.values()):
+        for done, name in enumerate(layers):
             self.progress("rounding", done, len(layers))
-            if layer.name not in self.settled:
-                self.found[layer.name] += self._solved(layer, rate)
-            total += _cheapest(self.found[layer.name], rate).size_bytes
+            if name not in self.settled:
+                self.found[name] += self._solved(layers[name], rate)
+            total += _cheapest(self.found[name], rate).size_bytes
         self.progress("rounding", len(layers), len(layers))
         return total + predicted_vector_bits(list(self.vectors(rate).values())) / 8
 
@@ -255,6 +274,8 @@ class _Search:
             return found
 
         found = self._behind(rate, chosen, solved)
+        # With those that the compressed network never came to: routes may depend on values.
+        chosen.update(found)
         for name in expected:
             self.learned[name] = self.learned.get(name, 1.0) * found[name].size_bytes / max(planned(name), 1e-9)
         return found
@@ -264,7 +285,10 @@ class _Search:
 
         def solved(name: str, layer: Layer) -> Candidate:
             decided = plan.layers[name]
-            return self._at(self._reachable(layer, plan.rank_by)[decided.form], layer, decided.rate)
+            weight = self._reachable(layer, plan.rank_by)[decided.form](decided.rate)
+            if self.state.stored:
+                return self._told(layer, weight, decided.rate, plan.rank_by)
+            return _candidate(layer, weight, decided.rate)
 
         alone = [name for name in self.state.layers if not plan.behind_prefix or name not in self.met]
         return self._behind(plan.rate, {name: solved(name, self.state.layers[name]) for name in alone}, solved)
@@ -293,7 +317,7 @@ class _Search:
 
             prefix.walk(self.met, placed, solve)
             self.progress("rounding behind the prefix", len(self.met), len(self.met))
-        return {name: chosen.get(name) or solved(name, layer) for name, layer in layers.items()}
+        return {name: chosen.get(name) or solved(name, layers[name]) for name in layers}
 
     @staticmethod
     def _reachable(layer: Layer, rank_by: str) -> dict[str, Callable[[float], FactoredWeight]]:
@@ -327,7 +351,7 @@ class _Search:
         """Bytes of a file beside what `at` counts: index, names, checksums, header, exact tensors."""
         small = self.vectors(rate)
         sizes = {name: math.ceil(found[-1].size_bytes) for name, found in self.found.items()}
-        stored: dict[str, Any] = {name: _outline(layer.tiling) for name, layer in self.state.layers.items()}
+        stored: dict[str, Any] = {name: _outline(shape) for name, shape in self.state.shapes.items()}
         contents = self._contents(stored, small)
         records = [bytes(sizes[name]) for name in contents.tensors if name in sizes]
         counted = sum(sizes.values()) + predicted_vector_bits(list(small.values())) / 8
@@ -360,38 +384,60 @@ class _Search:
     def _written(self, chosen: Mapping[str, Candidate], small: Mapping[str, FactoredVector]) -> bytes:
         for candidate in chosen.values():
             if candidate not in self.records:
-                self.records[candidate] = encode_weight(candidate.make())
-        contents = self._contents({name: _outline(self.state.layers[name].tiling) for name in chosen}, small)
-        return to_bytes(contents, [self.records[chosen[name]] for name in contents.tensors if name in chosen])
+                self.records[candidate] = _record(candidate.make())
+        shapes = self.state.shapes
+        contents = self._contents({name: _outline(shapes[name]) for name in chosen}, small)
+        return to_bytes(contents, [self.records[chosen[name]].data for name in contents.tensors if name in chosen])
+
+    def packed(
+        self, data: bytes, chosen: Mapping[str, Candidate], rate: float, seed: int, behind_prefix: bool, rank_by: str
+    ) -> Packed:
+        """The bytes of a file that was written of `chosen`, with what was decided for them."""
+        layers = {}
+        for name, candidate in chosen.items():
+            record = self.records[candidate]
+            layers[name] = LayerPlan(
+                candidate.form, record.step, record.rank, record.depth, candidate.rate, round(candidate.size_bytes),
+                candidate.loss,
+            )  # fmt: skip
+        return Packed(data, ModelPlan(layers, rate, seed, len(data), behind_prefix, rank_by))
 
 
-def _outline(tiling: Tiling) -> FactoredWeight:
+def _outline(shape: tuple[int, ...]) -> FactoredWeight:
     """A weight of that shape that takes no memory."""
+    tiling = Tiling(shape)
     codes = Codes(np.broadcast_to(np.zeros(1, np.int32), tiling.matrix_shape), IDENTITY_GRID)
     return FactoredWeight("direct", tiling, Basis(None, IDENTITY_GRID), codes)
 
 
 def _first_rate(state: State, size_bytes: int) -> float:
     """A λ at which Gaussian weights would take `size_bytes`, to start the search from."""
-    spreads = [(layer.tensor.size, max(float(layer.tensor.std()), 1e-12), layer) for layer in state.layers.values()]
+
+    def told(layer: Layer) -> tuple[int, float, Callable[[float], float]]:
+        spread = max(float(layer.tensor.std()), 1e-12)
+        return layer.tensor.size, spread, layer.step_of(layer.problem.feedback.residual)
+
+    spreads = [told(state.layers[name]) for name in state.layers]
 
     def size(rate: float) -> float:
         bits = 0.0
-        for count, spread, layer in spreads:
-            ratio = spread / layer.step(rate, layer.problem.feedback.residual)
+        for count, spread, step_of in spreads:
+            ratio = spread / step_of(rate)
             bits += count * 0.5 * math.log2(1 + 2 * math.pi * math.e * ratio * ratio)
         return bits / 8
 
     low, high = -120.0, 120.0
+    # Past the finest steps no λ makes a file larger: a search that began there would not find back.
+    within = min(size_bytes, 0.99 * size(2**low))
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (low, middle) if size(2**middle) < size_bytes else (middle, high)
+        low, high = (low, middle) if size(2**middle) < within else (middle, high)
     return 2**high
 
 
 def rates_of(state: State) -> list[float]:
     """The λ of an analysis, the largest first: from half a bit a weight to six, each √2 times smaller."""
-    entries = sum(layer.tensor.size for layer in state.layers.values())
+    entries = sum(math.prod(shape) for shape in state.shapes.values())
     coarsest, finest = (_first_rate(state, int(entries * bits / 8)) for bits in (COARSEST_BITS, FINEST_BITS))
     return [coarsest / 2 ** (step / 2) for step in range(1 + math.ceil(2 * math.log2(coarsest / finest)))]
 
@@ -420,7 +466,7 @@ def pack(state: State, size_bytes: int, options: Options, progress: Progress, ru
     bracket = _between(rungs, goal) or _bracket(search, _first_rate(state, size_bytes), goal)
     if search.met and (found := _walked(search, bracket, size_bytes)) is not None:
         data, chosen, rate = found
-        return Packed(data, _plan(chosen, rate, options.seed, len(data), True, options.rank))
+        return search.packed(data, chosen, rate, options.seed, True, options.rank)
     best = bracket.below or bracket.above
     assert best is not None
     try:
@@ -440,7 +486,7 @@ def pack(state: State, size_bytes: int, options: Options, progress: Progress, ru
                 f"{size_bytes:,} bytes cannot be met: the smallest file of this model takes {len(data):,} bytes, "
                 f"with every weight at its coarsest; ask for more"
             ) from None
-    return Packed(data, _plan(chosen, rate, options.seed, len(data), False, options.rank))
+    return search.packed(data, chosen, rate, options.seed, False, options.rank)
 
 
 @dataclass(frozen=True)
@@ -473,6 +519,7 @@ def _bracket(search: _Search, rate: float, goal: float) -> _Bracket:
     below: tuple[float, float] | None = None
     nearest: tuple[float, float] | None = None
     overhead: float | None = None
+    stride = 1.1
     for _ in range(SEARCHES):
         counted = search.at(rate)
         overhead = search.overhead(rate) if overhead is None else overhead
@@ -483,7 +530,9 @@ def _bracket(search: _Search, rate: float, goal: float) -> _Bracket:
             below = (rate, size)
         if nearest is None or abs(size - goal) < abs(nearest[1] - goal):
             nearest = (rate, size)
-        following = _next_rate(rate, size, goal, above, below)
+        following = _next_rate(rate, size, goal, above, below, stride)
+        # Where a file hardly grows or shrinks with λ its size does not tell how far to go.
+        stride *= stride
         if abs(size - goal) <= goal * tolerance or following is None:
             break
         rate = following
@@ -515,13 +564,18 @@ def _walked(search: _Search, bracket: _Bracket, size_bytes: int) -> tuple[bytes,
 
 
 def _next_rate(
-    rate: float, size: float, goal: float, above: tuple[float, float] | None, below: tuple[float, float] | None
+    rate: float,
+    size: float,
+    goal: float,
+    above: tuple[float, float] | None,
+    below: tuple[float, float] | None,
+    stride: float,
 ) -> float | None:
     """Where log size would meet log goal; None where λ has nowhere left to go."""
     if above is None or below is None:
         # Half a bit a weight and more is worth a factor of two in λ.
         following = rate * min(max((size / goal) ** 3, 1 / 64), 64.0)
-        following = following * 1.1 if size > goal else following / 1.1
+        following = following * stride if size > goal else following / stride
         return following if 1 / LARGEST_RATE < following < LARGEST_RATE else None
     (low, larger), (high, smaller) = above, below
     if high / low < 1.01:
@@ -554,9 +608,9 @@ def _smallest(search: _Search) -> tuple[bytes, dict[str, Candidate]]:
     return search._written(chosen, search.vectors(LARGEST_RATE)), chosen
 
 
-def resolved(layer: Layer, form: str, rate: float, rank_by: str) -> FactoredWeight:
-    """The weight of `layer` in a form that λ leads to, solved at λ = `rate`; see `plan.RANK_RULES` for `rank_by`."""
-    return _Search._reachable(layer, rank_by)[form](rate)
+def resolved(layers: Mapping[str, Layer], name: str, form: str, rate: float, rank_by: str) -> FactoredWeight:
+    """The weight of a layer in a form that λ leads to, solved at λ = `rate`; see `plan.RANK_RULES` for `rank_by`."""
+    return _Search._reachable(layers[name], rank_by)[form](rate)
 
 
 def pack_plan(state: State, plan: ModelPlan, options: Options, progress: Progress) -> Packed:
@@ -579,18 +633,4 @@ def pack_plan(state: State, plan: ModelPlan, options: Options, progress: Progres
     chosen = search.follow(plan)
     small = search.vectors(plan.rate)
     data = search._written(chosen, small)
-    return Packed(data, _plan(chosen, plan.rate, plan.seed, len(data), plan.behind_prefix, plan.rank_by))
-
-
-def _plan(
-    chosen: Mapping[str, Candidate], rate: float, seed: int, size_bytes: int, behind_prefix: bool, rank_by: str
-) -> ModelPlan:
-    layers = {}
-    for name, candidate in chosen.items():
-        weight = candidate.make()
-        grid = getattr(weight.codes, "grid", weight.basis.grid)
-        layers[name] = LayerPlan(
-            weight.form, float(grid.steps[0]), weight.codes.shape[0], weight.tiling.depth, candidate.rate,
-            round(candidate.size_bytes), candidate.loss,
-        )  # fmt: skip
-    return ModelPlan(layers, rate, seed, size_bytes, behind_prefix, rank_by)
+    return search.packed(data, chosen, plan.rate, plan.seed, plan.behind_prefix, plan.rank_by)

@@ -72,8 +72,11 @@ class Task:
 
     def calibration(self) -> list[object]:
         """Its unlabelled batches."""
+        batches = self._call("calibration")
+        if batches is None:
+            raise TaskError(f"{self.name}: calibration() returned None: return a list of batches, or yield them")
         try:
-            return list(self._call("calibration"))
+            return list(batches)
         except FactorpackError:
             raise
         except Exception as error:
@@ -144,22 +147,9 @@ def load_task(spec: str) -> Task:
         raise
     except Exception as error:
         raise TaskError(f"{spec} cannot be loaded: {_place(error)}") from error
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or path.is_dir():
         raise TaskError(f"{spec} holds weights alone: to evaluate, give a task file (.py) or module:attribute")
     raise TaskError(f"{spec} is no task: give a .py file, module:attribute or a .safetensors file")
-
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise TaskError(f"no file {path}; give a .py file, module:attribute or a .safetensors file")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise TaskError(f"{path} is no valid safetensors file ({error})") from error
 
 
 Evaluate = Callable[[nn.Module], float | Scores]

@@ -298,6 +298,7 @@ def test_an_open_file_allows_each_tensor_the_same_memory(tmp_path):
     file = File(saved(tmp_path, crafted(index, [DENSE_ZEROS])), most_bytes=8_100_000)
     for _ in range(3):
         assert file.tensor("x").shape == (1000, 1000)
+        assert file.contents()[1] == file.bill() == read(file.path)[1]
     with pytest.raises(FormatError, match="more memory"):
         File(file.path, most_bytes=8_000_000).tensor("x")
 
@@ -395,65 +396,161 @@ WIDE_ZEROS = bytes([FORMS.index("svd"), 0]) + GRID + b"\xff\xff\x03" + ZEROS + G
 NEVER_ESCAPED = DENSE_ZEROS[: -len(ZEROS)] + bytes([0, 7, 0, 8, 8, 0, 0, 0]) + struct.pack("<I", 1 << 16) + b"\0"
 UINT8 = DTYPES.index("uint8")
 LYING = {
-    "a kind that is unknown": (index_of([4], [UINT8], [(1,)], [len(BYTE)], ["x"]), [BYTE]),
-    "a tie among the tensors": (index_of([3], [UINT8], [(1,)], [len(BYTE)], ["x"]), [BYTE]),
-    "a weight of integers": (index_of([WEIGHT], [UINT8], [(3, 4)], [len(DENSE_ZEROS)], ["x"]), [DENSE_ZEROS]),
+    "a kind that is unknown": (
+        index_of([4], [UINT8], [(1,)], [len(BYTE)], ["x"]),
+        [BYTE],
+        "kinds of tensors that are unknown",
+    ),
+    "a tie among the tensors": (
+        index_of([3], [UINT8], [(1,)], [len(BYTE)], ["x"]),
+        [BYTE],
+        "kinds of tensors that are unknown",
+    ),
+    "a weight of integers": (
+        index_of([WEIGHT], [UINT8], [(3, 4)], [len(DENSE_ZEROS)], ["x"]),
+        [DENSE_ZEROS],
+        "a factored tensor has a dtype other than",
+    ),
     "a small tensor of truths": (
         index_of([VECTOR], [DTYPES.index("bool")], [(3,)], [len(ZEROS) * 4], "x"),
         [ZEROS * 4],
+        "a factored tensor has a dtype other than",
     ),
-    "a truth of two": (index_of([EXACT], [DTYPES.index("bool")], [(1,)], [len(deflate(b"\2"))], "x"), [deflate(b"\2")]),
+    "a truth of two": (
+        index_of([EXACT], [DTYPES.index("bool")], [(1,)], [len(deflate(b"\2"))], "x"),
+        [deflate(b"\2")],
+        "holds what is no bool",
+    ),
     "a bfloat16 of 32 bits": (
         index_of([EXACT], [DTYPES.index("bfloat16")], [()], [len(deflate(b"\1\0\0\0"))], "x"),
         [deflate(b"\1\0\0\0")],
+        "holds what is no bfloat16",
     ),
     "groups of one": (
         index_of([WEIGHT], [0], [(3, 4)], [len(DENSE_ZEROS) + 1], "x"),
         [DENSE_ZEROS[:1] + b"\2\1" + DENSE_ZEROS[2:]],
+        "flags 2 do not fit 1 groups",
     ),
     "a depth of nothing": (
         index_of([WEIGHT], [0], [(3, 4)], [len(DENSE_ZEROS) + 1], "x"),
         [DENSE_ZEROS[:1] + b"\4\0" + DENSE_ZEROS[2:]],
+        "flags 4 do not fit .* a depth of 0",
     ),
     "an escape that never comes": (
         index_of([WEIGHT], [0], [(3, 4)], [len(NEVER_ESCAPED)], "x"),
         [NEVER_ESCAPED],
+        "an escape that never comes",
     ),
-    "a dtype that is unknown": (index_of([EXACT], [len(DTYPES)], [(1,)], [len(BYTE)], ["x"]), [BYTE]),
-    "a name too few": (index_of([EXACT], [UINT8], [(1,)], [len(BYTE)], ["x"], [0]), [BYTE]),
-    "a name too many": (index_of([EXACT], [UINT8], [(1,)], [len(BYTE)], ["x", "y"]), [BYTE]),
-    "a name twice": (index_of([EXACT], [UINT8], [(1,)], [len(BYTE)], ["x", "x"], [0]), [BYTE]),
-    "a tie to nothing": (index_of([EXACT], [UINT8], [(1,)], [len(BYTE)], ["x", "y"], [1]), [BYTE]),
-    "names that are not text": (index_of([EXACT], [UINT8], [(1,)], [len(BYTE)], [""]) + b"\xff", [BYTE]),
-    "names of nothing": (index_of([], [], [], [], ["x"]), []),
-    "a record that is missing": (index_of([EXACT], [UINT8], [(1,)], [len(BYTE)], ["x"]), []),
-    "a record too many": (index_of([EXACT], [UINT8], [(1,)], [len(BYTE)], ["x"]), [BYTE, BYTE]),
-    "a record that is too short": (index_of([EXACT], [UINT8], [(2,)], [len(BYTE)], ["x"]), [BYTE]),
-    "a record that is too long": (index_of([EXACT], [UINT8], [()], [len(deflate(b"12"))], ["x"]), [deflate(b"12")]),
-    "a record with a tail": (index_of([EXACT], [UINT8], [(1,)], [len(BYTE) + 1], ["x"]), [BYTE + b"\0"]),
-    "too many axes": (index_of([EXACT], [UINT8], [(1,) * (MAX_AXES + 1)], [len(BYTE)], ["x"]), [BYTE]),
-    "entries without end": (index_of([EXACT], [UINT8], [(2**31,) * 16], [len(BYTE)], ["x"]), [BYTE]),
-    "no entries, of axes without end": (index_of([EXACT], [UINT8], [(0, *(2**31,) * 15)], [2], ["x"]), [deflate(b"")]),
-    "a weight without axes": (index_of([WEIGHT], [0], [()], [3], ["x"]), [bytes(3)]),
-    "a weight of nothing": (index_of([WEIGHT], [0], [(2, 2)], [0], ["x"]), [b""]),
-    "a weight as large as all memory": (index_of([WEIGHT], [0], [(2**31, 2**31)], [9], ["x"]), [bytes(9)]),
+    "a dtype that is unknown": (
+        index_of([EXACT], [len(DTYPES)], [(1,)], [len(BYTE)], ["x"]),
+        [BYTE],
+        "dtypes that are unknown",
+    ),
+    "a name too few": (
+        index_of([EXACT], [UINT8], [(1,)], [len(BYTE)], ["x"], [0]),
+        [BYTE],
+        "names of the index do not fit",
+    ),
+    "a name too many": (
+        index_of([EXACT], [UINT8], [(1,)], [len(BYTE)], ["x", "y"]),
+        [BYTE],
+        "names of the index do not fit",
+    ),
+    "a name twice": (
+        index_of([EXACT], [UINT8], [(1,)], [len(BYTE)], ["x", "x"], [0]),
+        [BYTE],
+        "names of the index do not fit",
+    ),
+    "a tie to nothing": (
+        index_of([EXACT], [UINT8], [(1,)], [len(BYTE)], ["x", "y"], [1]),
+        [BYTE],
+        "names of the index do not fit",
+    ),
+    "names that are not text": (
+        index_of([EXACT], [UINT8], [(1,)], [len(BYTE)], [""]) + b"\xff",
+        [BYTE],
+        "names are not UTF-8",
+    ),
+    "names of nothing": (index_of([], [], [], [], ["x"]), [], "names of the index do not fit"),
+    "a record that is missing": (
+        index_of([EXACT], [UINT8], [(1,)], [len(BYTE)], ["x"]),
+        [],
+        "tells of 29 bytes, and there are 22",
+    ),
+    "a record too many": (
+        index_of([EXACT], [UINT8], [(1,)], [len(BYTE)], ["x"]),
+        [BYTE, BYTE],
+        "tells of 29 bytes, and there are 36",
+    ),
+    "a record that is too short": (
+        index_of([EXACT], [UINT8], [(2,)], [len(BYTE)], ["x"]),
+        [BYTE],
+        "does not have the 2 bytes",
+    ),
+    "a record that is too long": (
+        index_of([EXACT], [UINT8], [()], [len(deflate(b"12"))], ["x"]),
+        [deflate(b"12")],
+        "does not have the 1 bytes",
+    ),
+    "a record that is not deflated": (
+        index_of([EXACT], [UINT8], [(1,)], [8], ["x"]),
+        [b"\xff" * 8],
+        r"exact tensors is damaged \(.*invalid block type",
+    ),
+    "a record with a tail": (
+        index_of([EXACT], [UINT8], [(1,)], [len(BYTE) + 1], ["x"]),
+        [BYTE + b"\0"],
+        "does not have the 1 bytes",
+    ),
+    "too many axes": (
+        index_of([EXACT], [UINT8], [(1,) * (MAX_AXES + 1)], [len(BYTE)], ["x"]),
+        [BYTE],
+        "more than 16 axes",
+    ),
+    "entries without end": (
+        index_of([EXACT], [UINT8], [(2**31,) * 16], [len(BYTE)], ["x"]),
+        [BYTE],
+        "more than 4294967296 entries",
+    ),
+    "no entries, of axes without end": (
+        index_of([EXACT], [UINT8], [(0, *(2**31,) * 15)], [2], ["x"]),
+        [deflate(b"")],
+        "more than 4294967296 entries",
+    ),
+    "a weight without axes": (index_of([WEIGHT], [0], [()], [3], ["x"]), [bytes(3)], "two or more axes"),
+    "a weight of nothing": (index_of([WEIGHT], [0], [(2, 2)], [0], ["x"]), [b""], "2 bytes are needed and 0 are left"),
+    "a weight as large as all memory": (
+        index_of([WEIGHT], [0], [(2**31, 2**31)], [9], ["x"]),
+        [bytes(9)],
+        "more than 4294967296 entries",
+    ),
     "small tensors as large as all memory": (
         index_of([VECTOR] * 3, [0] * 3, [(2**31,)] * 3, [len(encode_integers(np.zeros((1, 3), np.int32))) * 4], "abc"),
         [encode_integers(np.zeros((1, 3), np.int32)) * 4],
+        "would take more memory",
     ),
     "a weight with a tail": (
         index_of([WEIGHT], [0], [(4, 5)], [len(encode_weight(small_contents().tensors["a.weight"])) + 1], ["x"]),
         [encode_weight(small_contents().tensors["a.weight"]) + b"\0"],
+        "followed by 1 bytes that do not belong there",
     ),
-    "more tensors than bytes": (b"\xff\xff\xff\xff\x0f\0", []),
-    "an empty index": (b"", []),
+    "more tensors than bytes": (b"\xff\xff\xff\xff\x0f\0", [], "the index would take more memory"),
+    "an empty index": (b"", [], "1 bytes are needed and 0 are left"),
 }
 
 
 @pytest.mark.parametrize("lie", LYING)
 def test_an_index_that_lies_is_refused(lie, tmp_path):
-    with pytest.raises(FormatError):
-        read(saved(tmp_path, crafted(*LYING[lie])))
+    index, parts, why = LYING[lie]
+    with pytest.raises(FormatError, match=why):
+        read(saved(tmp_path, crafted(index, parts)))
+
+
+def test_an_index_that_is_not_deflated_is_refused(tmp_path):
+    stored = b"\xff" * 8
+    blob = struct.pack("<III", len(stored), 8, zlib.crc32(stored)) + stored
+    with pytest.raises(FormatError, match=r"the index is damaged \(.*invalid block type"):
+        read(saved(tmp_path, save({KEY: np.frombuffer(blob, np.uint8)}, metadata={KEY: VERSION})))
 
 
 def test_a_size_of_the_index_that_lies_is_refused(tmp_path):

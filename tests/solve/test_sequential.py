@@ -286,8 +286,47 @@ def test_paths_with_a_price_are_cheaper_in_all_than_one() -> None:
 
 def test_paths_are_those_that_the_feedback_asks_for() -> None:
     target, feedback = 3 * rand(1, 8, 12), Feedback(correlated(1, 12), paths=8)
-    assert torch.equal(rounded(target, feedback), round_paths(target, feedback, 8))
-    assert not torch.equal(rounded(target, feedback), round_columns(target, feedback))
+    found = rounded(0.5 * target, 0.5, feedback)
+    assert found.dtype == torch.int32
+    assert torch.equal(found.float(), round_paths(target, feedback, 8))
+    assert not torch.equal(found.float(), round_columns(target, feedback))
+
+
+@pytest.mark.parametrize("paths", [1, 8])
+def test_large_weights_are_rounded_in_parts(paths: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, feedback = 3 * rand(2, 11, 12), Feedback(correlated(2, 12), paths=paths)
+    paid = price(22, 12, 0.2)
+    whole = rounded(target, 0.5, feedback, paid)
+    monkeypatch.setattr(sequential, "ENTRIES_AT_ONCE", 3 * 2 * 12)
+    assert torch.equal(rounded(target, 0.5, feedback, paid), whole)
+
+
+def test_no_matrix_is_needed_where_no_error_travels() -> None:
+    without, told = Feedback(12), Feedback(torch.eye(12)[None])
+    assert torch.equal(without.order, told.order)
+    assert torch.equal(without.factor, told.factor)
+    assert without.residual == pytest.approx(told.residual, rel=1e-12)
+    assert not without.coupled
+    for paid in (None, price(8, 12, 0.2)):
+        target = 3 * rand(1, 8, 12)
+        assert torch.equal(round_columns(target, without, paid), round_columns(target, told, paid))
+
+
+@pytest.mark.parametrize("along_inputs", [False, True])
+def test_bases_of_large_weights_are_found_in_parts(along_inputs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = rand(15, 9) if along_inputs else rand(9, 15)
+    tiling = Tiling(tuple(weight.shape), depth=9 if along_inputs else 0)
+    whole, parts = [], []
+    for found, at_once in ((whole, 1 << 24), (parts, 40)):
+        monkeypatch.setattr(sequential, "ENTRIES_AT_ONCE", at_once)
+        for metric in (Metric(), Metric(row_weights=1 + rand(len(weight)).square())):
+            basis, powers = principal_basis(Problem(weight, metric, Feedback(weight.shape[1])), along_inputs)
+            solved = sequential.with_basis(
+                Problem(weight, metric, Feedback(weight.shape[1])), tiling, basis.float(), 0.1
+            )
+            found += [basis, powers, solved.target]
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_paths_stay_within_what_a_file_holds() -> None:

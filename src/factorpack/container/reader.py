@@ -138,8 +138,9 @@ def _exact(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
 class File:
     """A file that is open: the index is checked, a record is read when one of its tensors is asked for.
 
-    `dtypes` and `shapes` are those of all names, the stored ones first, in the file's order; `aliases` are tied names,
-    each with the name that is stored for it. `most_bytes` bounds the memory for the dense tensors and the integers of
+    `weights`, `small` and `exact` are the names of what is stored, by kind; `aliases` are tied names, each with the
+    name that is stored for it; `dtypes` and `shapes` are those of all names, the stored ones first, in the file's
+    order. `most_bytes` bounds the memory for the dense tensors and the integers of
     their factors together; None stands for 1,024 times the file's size, or 64 MiB where that is more.
     Raises FormatError, before the memory is used, where the file asks for more, is damaged, truncated, of another kind
     or version.
@@ -161,9 +162,13 @@ class File:
             raise FormatError("the index is damaged: its checksum is wrong")
         allowance.spend(size, "the index")
         self._index = index = _Index(inflate(deflated, size, "the index"), allowance)
+        self.weights, self.small, self.exact = (
+            [name for name, found in zip(index.names, index.kinds, strict=True) if found == kind]
+            for kind in (WEIGHT, VECTOR, EXACT)
+        )
         self._places: dict[str | int, tuple[int, int]] = {}
         self._index_bytes = start = HEAD_BYTES + stored
-        owners: list[str | int] = [*self._names(WEIGHT), *(kind for kind in (VECTOR, EXACT) if kind in index.kinds)]
+        owners: list[str | int] = [*self.weights, *(kind for kind in (VECTOR, EXACT) if kind in index.kinds)]
         for owner, size in zip(owners, index.sizes, strict=True):
             self._places[owner] = start, size
             start += size + CHECKSUM_BYTES
@@ -174,10 +179,6 @@ class File:
         self.aliases = index.aliases
         self.dtypes = stored_dtypes | {tied: stored_dtypes[name] for tied, name in index.aliases.items()}
         self.shapes = stored_shapes | {tied: stored_shapes[name] for tied, name in index.aliases.items()}
-
-    def _names(self, kind: int) -> list[str]:
-        index = self._index
-        return [name for name, found in zip(index.names, index.kinds, strict=True) if found == kind]
 
     def _record(self, owner: str | int, what: str, allowance: Allowance) -> Reader:
         """The record of a weight, by name, or of a kind of tensors."""
@@ -201,7 +202,7 @@ class File:
 
     @cached_property
     def _vectors(self) -> dict[str, FactoredVector]:
-        names = self._names(VECTOR)
+        names = self.small
         if not names:
             return {}
         record = self._record(VECTOR, "the record of the small tensors", self._allowance)
@@ -211,7 +212,7 @@ class File:
 
     @cached_property
     def _exact(self) -> dict[str, np.ndarray]:
-        names = self._names(EXACT)
+        names = self.exact
         if not names:
             return {}
         record = self._record(EXACT, "the record of the exact tensors", self._allowance)
@@ -236,19 +237,30 @@ class File:
             return self._weight(name, self._allowance.copy())[0]
         return self._vectors[name] if name in self._vectors else self._exact[name]
 
+    def bill(self) -> Bill:
+        """Where the bytes of the file are; every record is decoded, one weight at a time."""
+        weights = tuple(self._weight(name, self._allowance.copy())[1] for name in self.weights)
+        return self._bill(weights)
+
+    def _bill(self, weights: tuple[TensorBill, ...]) -> Bill:
+        small, exact = bool(self._vectors), bool(self._exact)
+        shared = {"index": self._index_bytes, "header": self._blob.file_bytes - self._blob.size}
+        shared["checksums"] = CHECKSUM_BYTES * (small + exact)
+        if small:
+            shared["small tensors"] = self._places[VECTOR][1]
+        if exact:
+            shared["exact tensors"] = self._places[EXACT][1]
+        return Bill(weights, shared, self._blob.file_bytes)
+
     def contents(self) -> tuple[Contents, Bill]:
         """All that the file holds, and where its bytes are."""
-        weights = {name: self._weight(name, self._allowance) for name in self._names(WEIGHT)}
-        found: dict[str, Value] = {name: weight for name, (weight, _) in weights.items()}
-        found |= self._vectors
-        found |= self._exact
-        contents = Contents({name: found[name] for name in self._index.names}, self.dtypes, self.aliases)
-        shared = {
-            "header": self._blob.file_bytes - self._blob.size, "index": self._index_bytes,
-            "small tensors": self._places.get(VECTOR, (0, 0))[1], "exact tensors": self._places.get(EXACT, (0, 0))[1],
-            "checksums": CHECKSUM_BYTES * ((VECTOR in self._places) + (EXACT in self._places)),
-        }  # fmt: skip
-        return contents, Bill(tuple(bill for _, bill in weights.values()), shared, self._blob.file_bytes)
+        found: dict[str, Value] = {**self._vectors, **self._exact}
+        # What the small tensors took is gone for good, since they are kept; what the weights take is the caller's.
+        allowance = self._allowance.copy()
+        weights = {name: self._weight(name, allowance) for name in self.weights}
+        found |= {name: weight for name, (weight, _) in weights.items()}
+        bill = self._bill(tuple(bill for _, bill in weights.values()))
+        return Contents({name: found[name] for name in self._index.names}, self.dtypes, self.aliases), bill
 
 
 def read(path: Path, most_bytes: int | None = None) -> tuple[Contents, Bill]:

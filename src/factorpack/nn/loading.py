@@ -30,6 +30,11 @@ def identity(tensor: torch.Tensor) -> object:
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
+def repeats_memory(tensor: torch.Tensor) -> bool:
+    """Whether entries of it are one and the same memory, as `expand` makes them: nothing can be copied into it."""
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def state_dict(
     tensors: Mapping[str, Stored], dtypes: Mapping[str, str], aliases: Mapping[str, str]
 ) -> dict[str, torch.Tensor]:
@@ -133,6 +138,8 @@ def _sources(
                 f"{name!r} of the model has no values to replace: run a batch through lazy modules, "
                 "call model.to_empty(device=...) for a model on the meta device"
             )
+        if repeats_memory(tensor):
+            raise UnsupportedError(f"{name!r} of the model repeats its memory: clone() it where the model makes it")
     sources = {name: name for name in tensors} | dict(aliases)
     problems = [
         f"{name!r} {tuple(tensor.shape)} of the model is not in the file"

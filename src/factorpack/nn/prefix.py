@@ -158,13 +158,16 @@ class Prefix:
 
     @property
     def names(self) -> frozenset[str]:
-        """Weights that a walk meets: products and convolutions that no batch has twice and no look-ups."""
+        """Weights that a walk meets: products and convolutions that no batch has twice and no look-ups.
+
+        Those of which no position reaches the output have nothing to be solved on.
+        """
         uses = Counter(name for name, _, _ in self.statistics.samples)
         repeated = {name for name, _, before in self.statistics.samples if before}
         return frozenset(
             name
             for name, seen in self.statistics.weights.items()
-            if seen.counts is None and 0 < uses[name] == seen.uses and name not in repeated
+            if seen.counts is None and seen.positions and 0 < uses[name] == seen.uses and name not in repeated
         )
 
     def walk(self, names: frozenset[str], placed: Mapping[str, np.ndarray], solve: Solve) -> None:

@@ -3,10 +3,10 @@
 Letters: m outputs, n inputs of one group, g groups.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from math import prod
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from factorpack._shapes import Float32
 from factorpack.errors import MismatchError, UnsupportedError
-from factorpack.nn.loading import identity
+from factorpack.nn.loading import identity, repeats_memory
 from factorpack.nn.prefix import Prefix
 from factorpack.nn.statistics import Statistics, WeightStatistics
+from factorpack.nn.stored import StoredLayers, StoredTensors
 from factorpack.solve.layer import Layer
 from factorpack.solve.objective import Metric
 from factorpack.tiling import Tiling
@@ -33,6 +34,8 @@ LOOKUP_WEIGHT = 1.5
 about that much more (docs/log.md)."""
 NEIGHBOURS = 1000
 """Rows whose places lie within so many are taken to be looked up about as often: vocabularies are mostly sorted."""
+LEAST_ENERGY = 1e-28
+"""Tensors that are not zero, but whose squares add up to less, have no grid."""
 SMALL = 64
 """Tensors of fewer entries are small, whatever their axes: a record of their own costs more than it saves."""
 
@@ -61,6 +64,18 @@ class State:
     dtypes: Mapping[str, str]
     unseen: tuple[str, ...]
     prefix: Prefix | None = None
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of the layers' tensors."""
+        if isinstance(self.layers, StoredLayers):
+            return self.layers.shapes
+        return {name: layer.tensor.shape for name, layer in self.layers.items()}
+
+    @property
+    def stored(self) -> bool:
+        """Whether layers are on disk and made whenever they are asked for: none is to be held for longer."""
+        return isinstance(self.layers, StoredLayers)
 
 
 def batch_norm_curvature(model: nn.Module, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -154,12 +169,45 @@ def _relative(tensor: Tensor, power: float) -> Metric:
     return Metric(None, torch.full((tensor.shape[0],), 2 * power / max(energy, 1e-30)))
 
 
-def _check_values(tensors: Mapping[str, Tensor]) -> None:
+def check_values(tensors: Mapping[str, object]) -> None:
+    """UnsupportedError for a tensor that cannot be stored: one without values, say."""
     for name, tensor in tensors.items():
+        # What a module adds to its state by itself need not be a tensor.
+        if not isinstance(tensor, Tensor):
+            continue
         if nn.parameter.is_lazy(tensor) or tensor.is_meta:
             raise UnsupportedError(f"{name!r} has no values: load the trained weights into the model first")
+        if tensor.layout is not torch.strided:
+            raise UnsupportedError(f"{name!r} is of layout {tensor.layout}: make it dense first, by to_dense()")
+        if repeats_memory(tensor):
+            raise UnsupportedError(f"{name!r} repeats its memory, which no file can be loaded into: clone() it first")
         if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
             raise UnsupportedError(f"{name!r} is {tensor.dtype}, which is small already: cast it to bfloat16 first")
+
+
+def _check_patterns(names: Iterable[str], exclude: Sequence[str]) -> None:
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise MismatchError(f"--exclude {pattern!r} fits no tensor; names look like {next(iter(names), '')!r}")
+
+
+def _gridded(tensor: Tensor) -> bool:
+    """Whether a grid holds the values: as float32 they and their squares are finite, and not all but lost.
+
+    Beyond half of the dtype's range a rounded value could lie outside it.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return False
+    values = tensor.detach().float()
+    energy, largest = float(values.square().sum()), float(values.abs().max())
+    if not energy:
+        return not bool(tensor.any())
+    return LEAST_ENERGY <= energy < math.inf and largest <= torch.finfo(tensor.dtype).max / 2
+
+
+def _large(shape: Sequence[int]) -> bool:
+    """Whether a record of its own pays."""
+    return len(shape) >= 2 and math.prod(shape) >= SMALL
 
 
 def read_state(
@@ -171,16 +219,14 @@ def read_state(
     """Sorts a state dict (`keep_vars=True` keeps its ties) into what can be stored.
 
     Weights are floating parameters of two and more axes; without a model all such tensors count. Small tensors
-    are other floating ones. Integers, tensors that are not finite and those whose name fits a pattern of
-    `exclude` are kept exactly. Without statistics a layer's loss is its relative error.
-    Raises MismatchError where a pattern of `exclude` fits no name, UnsupportedError for a tensor without values.
+    are other floating ones. Integers, tensors that are not finite or outside the range of grids and those whose name
+    fits a pattern of `exclude` are kept exactly. Without statistics a layer's loss is its relative error.
+    Raises MismatchError where a pattern of `exclude` fits no name, UnsupportedError as `check_values`.
     """
     # What a module adds to its state by itself need not be a tensor; loading leaves it alone too.
     tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-    _check_values(tensors)
-    for pattern in exclude:
-        if not any(fnmatchcase(name, pattern) for name in tensors):
-            raise MismatchError(f"--exclude {pattern!r} fits no tensor; names look like {next(iter(tensors), '')!r}")
+    check_values(tensors)
+    _check_patterns(tensors, exclude)
     fisher = {} if statistics is None else dict(statistics.fisher)
     parameters = set(tensors) if model is None else {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if model is not None and statistics is not None:
@@ -199,11 +245,9 @@ def read_state(
         if owner != name:
             aliases[name] = owner
             continue
-        # As float32: what overflows there is kept exactly.
-        gridded = tensor.is_floating_point() and tensor.numel() and bool(torch.isfinite(tensor.float()).all())
-        if identity(tensor) in spared or not gridded:
+        if identity(tensor) in spared or not _gridded(tensor):
             exact[name] = _array(tensor)
-        elif tensor.ndim >= 2 and prod(tensor.shape) >= SMALL and name in parameters:
+        elif _large(tensor.shape) and name in parameters:
             pending[name] = tensor
         else:
             curvature = fisher.get(name)
@@ -231,3 +275,31 @@ def read_state(
         {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
         tuple(unseen),
     )
+
+
+def read_stored(tensors: StoredTensors, exclude: Sequence[str] = ()) -> State:
+    """As `read_state`, of tensors on disk: what is factored stays there, and a layer's loss is its relative error.
+
+    Raises as `read_state`.
+    """
+    _check_patterns(tensors, exclude)
+    shapes: dict[str, tuple[int, ...]] = {}
+    small: dict[str, SmallTensor] = {}
+    exact: dict[str, np.ndarray] = {}
+    dtypes: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        check_values({name: tensor})
+        dtypes[name] = str(tensor.dtype).removeprefix("torch.")
+        if any(fnmatchcase(name, pattern) for pattern in exclude) or not _gridded(tensor):
+            exact[name] = _array(tensor)
+        elif _large(tensor.shape):
+            shapes[name] = tuple(tensor.shape)
+        else:
+            small[name] = SmallTensor(_floats(tensor), None)
+
+    def made(name: str) -> Layer:
+        tensor = tensors[name]
+        metric = _relative(tensor, float(tensor.numel()))
+        return Layer(name, _floats(tensor), Tiling(tuple(tensor.shape)), metric, False)
+
+    return State(StoredLayers(shapes, made), small, exact, {}, dtypes, ())

@@ -16,7 +16,7 @@ sum over its samples.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -207,7 +207,7 @@ class _Observer(TorchFunctionMode):
     def _embedding(self, name: str, rows: Tensor, weight: Tensor, out: Tensor) -> None:
         def hook(gradient: Tensor) -> None:
             sums = self._sums(name, 1, weight.shape[1])
-            met = rows.reshape(-1)[gradient.reshape(-1, weight.shape[1]).ne(0).any(1)]
+            met = rows.reshape(-1)[gradient.ne(0).any(-1).reshape(-1)]
             counts = torch.bincount(met, minlength=weight.shape[0]).cpu()
             sums.counts = counts if sums.counts is None else sums.counts + counts
             sums.uses += 1
@@ -223,7 +223,8 @@ class _Observer(TorchFunctionMode):
         def hook(_: Tensor) -> None:
             pixels = x.movedim(1, -1).reshape(-1, x.shape[1])
             chosen, scale = self._positions(torch.ones(len(pixels), dtype=torch.bool))
-            self._grouped(name, pixels[chosen].reshape(len(chosen), groups, -1), scale, transposed=True)
+            rows = pixels[chosen].reshape(len(chosen), groups, x.shape[1] // groups)
+            self._grouped(name, rows, scale, transposed=True)
 
         out.register_hook(hook)
 
@@ -305,13 +306,63 @@ def _probe(output: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     return root * (noise - root * (root * noise).sum(-1, keepdim=True))
 
 
+def _why_not_finite(model: nn.Module, batch: object) -> str:
+    """What makes outputs and gradients not finite, as far as weights and batch tell, and what to do."""
+    broken = [name for name, parameter in model.named_parameters() if not bool(parameter.isfinite().all())]
+    # Infinities in a buffer are mostly meant: those of a mask.
+    broken += [name for name, buffer in model.named_buffers() if bool(buffer.isnan().any())]
+    if broken:
+        return f"{broken[0]!r} holds NaN or infinite values: mend it, or compress without calibration"
+    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else [batch]
+    if not all(bool(part.isfinite().all()) for part in parts if isinstance(part, Tensor)):
+        return "the batch holds NaN or infinite values: replace them, or leave these samples out"
+    return (
+        "weights and batch are: something overflows inside the network, or is a root or a logarithm at zero. "
+        "Leave such samples out, or hand over the network in float32 where it is not"
+    )
+
+
+def _check_output(out: Tensor, model: nn.Module, batch: object) -> None:
+    """TaskError where nothing can be learned from what the model gave out."""
+    if not bool(torch.isfinite(out).all()):
+        raise TaskError(f"the network's output is not finite; {_why_not_finite(model, batch)}")
+    if not out.requires_grad:
+        raise TaskError(
+            "no gradient leads from the network's output to its weights: return logits or embeddings, not classes, "
+            "and leave no_grad, inference_mode and detach out of forward"
+        )
+
+
+def _observe(
+    model: nn.Module, batch: object, observer: _Observer, output: str, generator: torch.Generator,
+    fisher: Mapping[str, Tensor],
+) -> int:  # fmt: skip
+    """One forward and one backward: adds squared gradients to `fisher`, by name; the rows of output that were seen.
+
+    Raises TaskError where output or gradients are not finite or there are none.
+    """
+    with torch.enable_grad(), observer:
+        out = call_model(model, batch)
+    _check_output(out, model, batch)
+    out.backward(_probe(out, output, generator))
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            squares = parameter.grad.float().square().cpu()
+            if not bool(squares.isfinite().all()):
+                raise TaskError(f"the gradient of {name!r} is not finite; {_why_not_finite(model, batch)}")
+            fisher[name].add_(squares)
+            parameter.grad = None
+    return out.shape[:-1].numel()
+
+
 def collect(
     model: nn.Module, batches: Iterable[object], output: str, seed: int, progress: Callable[[], None] = lambda: None
 ) -> Statistics:
     """Statistics of every parameter over `batches`, one forward and one backward each.
 
     `output` is "logits" or "embedding": what the model returns. The model is observed in eval mode and left as it
-    was found, without gradients. Raises TaskError where there is no batch or the model returns no tensor.
+    was found, without gradients. Raises TaskError, with the number of the batch, where the model fails on it or
+    output or gradients are not finite, and where there is no sample.
     """
     generator = torch.Generator().manual_seed(seed)
     parameters = dict(model.named_parameters())
@@ -325,18 +376,12 @@ def collect(
         for number, batch in enumerate(batches, 1):
             observer.begin(number - 1)
             try:
-                with torch.enable_grad(), observer:
-                    out = call_model(model, batch)
-                out.backward(_probe(out, output, generator))
-            except RuntimeError as error:
-                raise TaskError(f"calibration batch {number}: the model failed on it: {error}") from error
-            if not bool(torch.isfinite(out).all()):
-                raise TaskError(f"calibration batch {number}: the network's output is not finite")
-            predictions += out.shape[:-1].numel()
-            for name, parameter in parameters.items():
-                if parameter.grad is not None:
-                    fisher[name] += parameter.grad.float().square().cpu()
-                    parameter.grad = None
+                predictions += _observe(model, batch, observer, output, generator, fisher)
+            except TaskError as error:
+                raise TaskError(f"calibration batch {number}: {error}") from error
+            except Exception as error:
+                told = f"{type(error).__name__}: {error}"
+                raise TaskError(f"calibration batch {number}: the model failed on it: {told}") from error
             progress()
     finally:
         for module in training:
@@ -345,7 +390,12 @@ def collect(
             parameter.requires_grad_(required[name])
             parameter.grad = None
     if not predictions:
-        raise TaskError("calibration() gave no batch")
+        raise TaskError(
+            "calibration() gave no batch, or none with a sample in it: give at least one, or leave calibration out"
+        )
     weights = {name: sums.finish() for name, sums in observer.sums.items()}
+    for name, seen in weights.items():
+        if not bool(seen.moments.isfinite().all()):
+            raise TaskError(f"the inputs of {name!r} in calibration are too large to be squared: scale them down")
     fisher = {name: f / predictions for name, f in fisher.items()}
     return Statistics(weights, fisher, predictions, observer.samples)

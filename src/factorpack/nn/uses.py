@@ -66,11 +66,11 @@ class Dense:
 
     def rows(self, chosen: Tensor) -> Tensor:
         """The inputs (P, 1, n) at positions `chosen` (P,)."""
-        return self.inputs.reshape(-1, self.inputs.shape[-1])[chosen][:, None]
+        return self.inputs.reshape(self.inputs.shape[:-1].numel(), self.inputs.shape[-1])[chosen][:, None]
 
     def reached(self, gradient: Tensor) -> Tensor:
         """Which positions (P,) the output's `gradient` reaches."""
-        return gradient.reshape(self.inputs.shape[:-1].numel(), -1).ne(0).any(1)
+        return gradient.ne(0).any(-1).reshape(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,11 +99,12 @@ class Convolution:
         """The inputs (P, g, n) of positions `chosen` (P,)."""
         patches = self._places
         rows = patches[torch.unravel_index(chosen, patches.shape[: self.weight.ndim - 1])]
-        return rows.reshape(len(chosen), self.groups, -1)
+        return rows.reshape(len(chosen), self.groups, self.weight.shape[1:].numel())
 
     def reached(self, gradient: Tensor) -> Tensor:
         """Which positions (P,) the output's `gradient` reaches."""
-        return gradient.reshape(len(self.inputs), self.weight.shape[0], -1).ne(0).any(1).reshape(-1)
+        # The channels' axis counted from the end: a single sample comes without an axis of its own.
+        return gradient.ne(0).any(1 - self.weight.ndim).reshape(-1)
 
 
 @dataclass(eq=False)

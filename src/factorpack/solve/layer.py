@@ -25,6 +25,7 @@ from factorpack.solve.sequential import (
     damped,
     direct,
     principal_basis,
+    row_parts,
     vector_quantised,
     with_basis,
     with_tap_basis,
@@ -102,9 +103,7 @@ class Layer:
     @property
     def _feedback(self) -> Feedback:
         inputs = self.tiling.matrix_shape[1]
-        return Feedback(
-            torch.eye(inputs)[None] if self.metric.moments is None else self.metric.moments, paths=self.paths
-        )
+        return Feedback(inputs if self.metric.moments is None else self.metric.moments, paths=self.paths)
 
     @cached_property
     def row_exponents(self) -> Int32[np.ndarray, " m"] | None:
@@ -167,13 +166,23 @@ class Layer:
     def loss(self, weight: FactoredWeight) -> float:
         """Half the distortion of `weight`."""
         found = torch.from_numpy(self.tiling.matrix(weight.tensor()))
-        return 0.5 * float(distortion(self.problem.weight, found, self.metric))
+        if self.metric.moments is not None:
+            return 0.5 * float(distortion(self.problem.weight, found, self.metric))
+        rows, total = self.metric.row_weights, 0.0
+        for part in row_parts(found):
+            metric = Metric(None, None if rows is None else rows[part])
+            total += float(distortion(self.problem.weight[part], found[part], metric))
+        return 0.5 * total
 
-    def step(self, rate: float, residual: float) -> float:
-        """The step of `scaled` at λ = `rate`: a step Δ loses ½ r·D·Δ²/12 an entry, a bit more a quarter of it."""
+    def step_of(self, residual: float) -> Callable[[float], float]:
+        """The step of `scaled` by λ: a step Δ loses ½ r·D·Δ²/12 an entry, a bit more a quarter of it."""
         level = float(self._row_weights.mean()) * residual
         finest = float(np.abs(self.tensor).max()) / FINEST
-        return max(math.sqrt(12 * rate / (math.log(2) * max(level, 1e-30))), finest, 1e-30)
+        return lambda rate: max(math.sqrt(12 * rate / (math.log(2) * max(level, 1e-30))), finest, 1e-30)
+
+    def step(self, rate: float, residual: float) -> float:
+        """As `step_of`, at λ = `rate`."""
+        return self.step_of(residual)(rate)
 
     def _price(self, pricer: Pricer, codes: np.ndarray) -> Price:
         bits, rows, columns = (torch.from_numpy(part) for part in pricer(codes))

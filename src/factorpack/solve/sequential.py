@@ -10,6 +10,8 @@ basis, a codeword for `vq`, whose columns go d at a time. With λ > 0 the choice
 the entropy coder against the part of the error that later columns cannot undo.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from factorpack._shapes import Float, Integer
+from factorpack._shapes import Float, Int32, Integer
 from factorpack.factors import (
+    ENTRIES_AT_ONCE,
     IDENTITY_GRID,
     STEPS_PER_OCTAVE,
     Basis,
@@ -62,6 +65,11 @@ class Price:
     def transposed(self) -> "Price":
         return Price(self.bits, self.column_classes, self.row_classes, self.rate)
 
+    def of_rows(self, groups: int, rows: slice) -> "Price":
+        """For these rows of each of the groups."""
+        classes, rate = (of.reshape(groups, -1)[:, rows].reshape(-1) for of in (self.row_classes, self.rate))
+        return Price(self.bits, classes, self.column_classes, rate)
+
 
 def damped(moments: Float[Tensor, "g n n"], share: float = DAMPING) -> Float[Tensor, "g n n"]:
     """`moments` in float64 with a share of their mean input power on the diagonal: they then have an inverse."""
@@ -76,24 +84,35 @@ class Feedback:
     """How errors travel between columns, for moments (g, n, n), which are damped; columns in `order`.
 
     Columns with the strongest inputs go first, while all the others can still make up for them. With tiles of
-    `depth` columns, tiles keep together. `paths` is the number of survivors that `rounded` follows.
+    `depth` columns, tiles keep together. `paths` is the number of survivors that `rounded` follows. In place of
+    moments that are the identity their n stands: then no error travels, and no matrix is made.
     """
 
-    def __init__(self, moments: Float[Tensor, "g n n"], depth: int = 1, paths: int = 1) -> None:
+    def __init__(self, moments: Float[Tensor, "g n n"] | int, depth: int = 1, paths: int = 1) -> None:
         self.paths = paths
+        if isinstance(moments, int):
+            self.order = torch.arange(moments)
+            self.diagonal = torch.full((1, moments), (1 + DAMPING) ** -0.5)
+            self.coupled = False
+            return
         power = moments.diagonal(dim1=-2, dim2=-1)
         tiles = torch.argsort(power.mean(0).reshape(-1, depth).sum(1), descending=True, stable=True)
         self.order = (tiles[:, None] * depth + torch.arange(depth)).reshape(-1)
         ordered = damped(moments)[:, self.order][:, :, self.order]
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
         self.factor = torch.linalg.cholesky(inverse, upper=True).float()
-
+        self.diagonal = self.factor.diagonal(dim1=-2, dim2=-1)
         self.coupled = bool(self.factor.triu(1).any())
+
+    @cached_property
+    def factor(self) -> Float[Tensor, "g n n"]:
+        """U."""
+        return torch.diag_embed(self.diagonal)
 
     @cached_property
     def residual(self) -> float:
         """Mean of 1/U_jj²: the input power that later columns cannot make up for."""
-        return float(self.factor.diagonal(dim1=-2, dim2=-1).double().pow(-2).mean())
+        return float(self.diagonal.double().pow(-2).mean())
 
 
 def _choose(x: Tensor, price: Price, contexts: Tensor, rate: Tensor) -> Tensor:
@@ -117,11 +136,12 @@ def round_columns(
 
     With a price, `rate·bits` is weighed against e²/U_jj² relative to the layer's mean.
     """
+    if price is None and not feedback.coupled:
+        return torch.round(target).clamp_(-CODE_LIMIT, CODE_LIMIT)
     # Columns lie in memory as rows: each step then reads and writes whole lines.
     x = target[..., feedback.order].mT.contiguous()
     groups, inputs, rows = x.shape
-    factor = feedback.factor
-    diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    diagonal = feedback.diagonal
     codes = torch.empty_like(x)
     if price is not None:
         row_classes = price.row_classes.reshape(groups, rows)
@@ -142,9 +162,9 @@ def round_columns(
             chosen = chosen.clamp(-CODE_LIMIT, CODE_LIMIT)
             codes[:, j], errors[:, j - start] = chosen, (column - chosen) / diagonal[:, j, None]
             if j + 1 < stop and feedback.coupled:
-                x[:, j + 1 : stop] -= factor[:, j, j + 1 : stop, None] * errors[:, None, j - start]
+                x[:, j + 1 : stop] -= feedback.factor[:, j, j + 1 : stop, None] * errors[:, None, j - start]
         if stop < inputs and feedback.coupled:
-            x[:, stop:] -= factor[:, start:stop, stop:].mT @ errors
+            x[:, stop:] -= feedback.factor[:, start:stop, stop:].mT @ errors
     return codes.mT[..., torch.argsort(feedback.order)]
 
 
@@ -162,7 +182,7 @@ def round_paths(
     x = target[..., feedback.order].mT.contiguous()
     groups, inputs, rows = x.shape
     factor = feedback.factor
-    inverse = factor.diagonal(dim1=-2, dim2=-1).reciprocal()
+    inverse = feedback.diagonal.reciprocal()
     codes = torch.empty_like(x)
     if price is not None:
         reach, last = price.bits.shape[1] // 2, price.bits.shape[0] - 1
@@ -205,9 +225,22 @@ def round_paths(
     return codes.mT[..., torch.argsort(feedback.order)]
 
 
-def rounded(target: Float[Tensor, "g r n"], feedback: Feedback, price: Price | None = None) -> Float[Tensor, "g r n"]:
-    """Integers near `target`, the best of as many paths as `feedback` says."""
-    return round_paths(target, feedback, feedback.paths, price)
+def row_parts(matrix: Float[Tensor, "... r n"]) -> Iterator[slice]:
+    """Rows of a matrix, some of them at a time."""
+    lines = max(ENTRIES_AT_ONCE // (matrix.numel() // max(matrix.shape[-2], 1)), 1)
+    return (slice(start, start + lines) for start in range(0, matrix.shape[-2], lines))
+
+
+def rounded(
+    target: Float[Tensor, "g r n"], step: float, feedback: Feedback, price: Price | None = None
+) -> Int32[Tensor, "g r n"]:
+    """Integers (int32) whose multiples of `step` are near `target`, the best of as many paths as `feedback` says."""
+    found = torch.empty(target.shape, dtype=torch.int32)
+    # An error stays in its row.
+    for part in row_parts(target):
+        paid = None if price is None else price.of_rows(len(target), part)
+        found[:, part] = round_paths(target[:, part] / step, feedback, feedback.paths, paid)
+    return found
 
 
 def round_tiles(
@@ -259,13 +292,14 @@ class Problem:
 
     @property
     def blocks(self) -> Float[Tensor, "g r n"]:
-        return self.weight.reshape(self.moments.shape[0], -1, self.weight.shape[1])
+        groups = 1 if self.metric.moments is None else len(self.metric.moments)
+        return self.weight.reshape(groups, -1, self.weight.shape[1])
 
 
 def direct(problem: Problem, tiling: Tiling, step: float, price: Price | None = None) -> FactoredWeight:
     """Form `direct`: integers times one step."""
     step, exponents = snapped(step)
-    codes = _integers(rounded(problem.blocks / step, problem.feedback, price).reshape(tiling.matrix_shape))
+    codes = _integers(rounded(problem.blocks, step, problem.feedback, price).reshape(tiling.matrix_shape))
     return FactoredWeight("direct", tiling, Basis(None, IDENTITY_GRID), Codes(codes, Grid.holding(codes, exponents)))
 
 
@@ -276,16 +310,30 @@ def principal_basis(problem: Problem, along_inputs: bool) -> tuple[Float[Tensor,
     U_k U_kᵀ W). Along the inputs, where H = L Lᵀ acts within a tile, the span of L⁻ᵀ times the eigenvectors of
     Lᵀ Wᵀ diag(r) W L, made orthonormal.
     """
-    weight = problem.weight.double()
+    identity = problem.metric.moments is None
+    outputs, inputs = problem.weight.shape
     if not along_inputs:
-        powers, basis = torch.linalg.eigh(weight @ problem.moments[0].double() @ weight.T)
+        gram = torch.zeros(outputs, outputs, dtype=torch.float64)
+        if identity:
+            for part in problem.weight.split(max(ENTRIES_AT_ONCE // outputs, 1), dim=1):
+                gram += part.double() @ part.double().T
+        else:
+            weight = problem.weight.double()
+            gram += weight @ problem.moments[0].double() @ weight.T
+        powers, basis = torch.linalg.eigh(gram)
         return basis.flip(1), powers.flip(0)
     rows = problem.metric.row_weights
-    scaled = weight if rows is None else weight * rows.double()[:, None].sqrt()
-    root = torch.linalg.cholesky(damped(problem.moments.mean(0, keepdim=True))[0])
-    seen = scaled @ root
-    powers, basis = torch.linalg.eigh(seen.T @ seen)
-    spans = torch.linalg.solve_triangular(root.T, basis.flip(1), upper=True)
+    # The moments of the identity, damped, are a number.
+    root = None if identity else torch.linalg.cholesky(damped(problem.moments.mean(0, keepdim=True))[0])
+    level = math.sqrt(1 + DAMPING)
+    gram = torch.zeros(inputs, inputs, dtype=torch.float64)
+    for part in row_parts(problem.weight):
+        scaled = problem.weight[part].double()
+        scaled = scaled if rows is None else scaled * rows[part].double()[:, None].sqrt()
+        seen = scaled * level if root is None else scaled @ root
+        gram += seen.T @ seen
+    powers, basis = torch.linalg.eigh(gram)
+    spans = basis.flip(1) / level if root is None else torch.linalg.solve_triangular(root.T, basis.flip(1), upper=True)
     return torch.linalg.qr(spans)[0], powers.flip(0)
 
 
@@ -308,7 +356,7 @@ class BasisProblem:
         along_inputs = self.tiling.depth > 0
         if price is not None and along_inputs:
             price = price.transposed
-        found = rounded(self.target / step, self.feedback, price)
+        found = rounded(self.target, step, self.feedback, price)
         assert self.basis.integers is not None
         rank = self.basis.integers.shape[1]
         codes = _integers(found.reshape(-1, rank).T if along_inputs else found.reshape(rank, -1))
@@ -322,15 +370,21 @@ def with_basis(problem: Problem, tiling: Tiling, basis: Float[Tensor, "d k"], st
     quantised = (integers * step).double()
     whole = _integers(integers)
     factor = Basis(whole, Grid.holding(whole, exponents))
-    weight = problem.weight.double()
     if not tiling.depth:
-        target = torch.linalg.lstsq(quantised, weight).solution
-        return BasisProblem(tiling, factor, target.float()[None], problem.feedback)
-    moments = damped(problem.moments)
-    inner = quantised.T @ moments @ quantised
-    blocks = problem.blocks.double()
-    target = torch.linalg.solve(inner, quantised.T @ moments @ blocks.mT).mT
-    return BasisProblem(tiling, factor, target.float(), Feedback(inner.float(), paths=problem.feedback.paths))
+        target = torch.empty(quantised.shape[1], problem.weight.shape[1])
+        for part in row_parts(problem.weight.T):
+            target[:, part] = torch.linalg.lstsq(quantised, problem.weight[:, part].double()).solution.float()
+        return BasisProblem(tiling, factor, target[None], problem.feedback)
+    left = (
+        (1 + DAMPING) * quantised.T[None] if problem.metric.moments is None else quantised.T @ damped(problem.moments)
+    )
+    inner = left @ quantised
+    factors = torch.linalg.lu_factor(inner)
+    blocks = problem.blocks
+    target = torch.empty(*blocks.shape[:2], quantised.shape[1])
+    for part in row_parts(blocks):
+        target[:, part] = torch.linalg.lu_solve(*factors, left @ blocks[:, part].double().mT).mT.float()
+    return BasisProblem(tiling, factor, target, Feedback(inner.float(), paths=problem.feedback.paths))
 
 
 def tap_factors(tensor: Float[Tensor, "..."], rows: Float[Tensor, " m"] | None) -> tuple[np.ndarray, ...]:

@@ -1,0 +1,94 @@
+"""Tensors that stay on disk: each is read when it is used, so that networks may be larger than memory."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from factorpack.errors import TaskError
+from factorpack.solve.layer import Layer
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise TaskError(f"{path} is no valid safetensors file ({error})") from error
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of `.safetensors` files by name, read from disk whenever they are asked for.
+
+    Each time they are in memory of their own, so that no two of them look tied. `shapes` tells of all without reading
+    them. Raises TaskError for what is no safetensors file, and for a name that is in two files.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._homes: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in paths:
+            with _opened(path) as file:
+                # It is no mapping: without keys() it cannot be walked.
+                for name in file.keys():  # noqa: SIM118
+                    if name in self.shapes:
+                        raise TaskError(
+                            f"{name!r} is in {self._homes[name]} and in {path}: give the file that is meant"
+                        )
+                    self._homes[name] = path
+                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> Tensor:
+        with _opened(self._homes[name]) as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def stored_tensors(path: Path) -> StoredTensors:
+    """The tensors of a `.safetensors` file, or of a folder: of the files that its index names, or of all in it.
+
+    Raises TaskError where there are none, and as `StoredTensors`.
+    """
+    if path.is_file():
+        return StoredTensors([path])
+    if not path.is_dir():
+        raise TaskError(f"no file {path}; give a .py file, module:attribute, a .safetensors file or a folder of them")
+    indexes = sorted(path.glob("*.safetensors.index.json"))
+    try:
+        named = {path / name for index in indexes for name in json.loads(index.read_bytes())["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TaskError(f"{path}: the index of its safetensors files cannot be read ({error})") from error
+    found = sorted(named or path.glob("*.safetensors"))
+    if not found:
+        raise TaskError(f"there is no .safetensors file in {path}: give a folder of them, or a task file (.py)")
+    return StoredTensors(found)
+
+
+class StoredLayers(Mapping[str, Layer]):
+    """Layers of stored tensors, each read and made whenever it is asked for; `shapes` tells of all without that."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], make: Callable[[str], Layer]) -> None:
+        self.shapes = shapes
+        self._make = make
+
+    def __getitem__(self, name: str) -> Layer:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
