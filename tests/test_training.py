@@ -181,7 +181,7 @@ def test_a_loss_that_is_not_finite_is_told(task: Task, file: Path, tmp_path: Pat
 
 def arguments(digits_task, file: Path, out: Path, *more: str) -> list[str]:
     return ["finetune", str(digits_task.path), str(file), "--out", str(out), "--steps", "400",
-            "--learning-rate", "0.02", *more]  # fmt: skip
+            "--learning-rate", "0.01", *more]  # fmt: skip
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_file(digits_task, file: Path, tmp_path: Path) -> None:

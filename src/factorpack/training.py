@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from factorpack.cache import Note
-from factorpack.container import Contents, read, write
+from factorpack.container import Contents, make_folder, read, write
 from factorpack.errors import BudgetError, TaskError, UnsupportedError
 from factorpack.nn.control import RateController
 from factorpack.nn.lessons import Course, batches_in, exchanged, hold_out
@@ -39,9 +38,10 @@ from factorpack.training_options import Lessons, TrainingOptions, TrainingReport
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-SLACK = 0.004
-"""Training aims at a file that is by this part smaller than the promise."""
-TRIMMED = 0.002
+SLACK, LAST_SLACK = 0.004, 0.001
+"""Training aims at a file that is by this part smaller than the promise: at its highest rate, when sizes sway most, and
+at its end."""
+TRIMMED = 0.01
 """A file that is larger than the promise by at most this part is judged without its codes nearest to zero. Early in a
 training, when few of them are near, that costs much; then it loses against the states before it."""
 LOOK, CODES_A_STEP = 10, 1_000_000
@@ -157,7 +157,6 @@ class Run:
         self.judge = copy_of(self.model).eval().to(self.accelerator.device)
         self.rest = bill.size_bytes - compressed.coded_bytes()
         self.look = max(LOOK, compressed.codes_count() // CODES_A_STEP)
-        self.controller = RateController(compressed.codes_count(), max(self.size * (1 - SLACK) - self.rest, 1.0))
         self.clipper = Clipper()
         processes = self.accelerator.num_processes
         self.course = Course(lessons.training, held, processes=processes, process=self.accelerator.process_index)
@@ -170,8 +169,12 @@ class Run:
         self.losses: list[float] = []
         self._judging = 0.0
         self._now = self._reserve = 0.0
+        self.controller = RateController(compressed.codes_count(), self._goal())
         folder = self.out.with_name(self.out.name + ".training")
         self._log, self._kept = folder / "log.csv", folder / "state.pt"
+        self._logged = ""
+        # Now, since OUT may be the very file.
+        self._key = self._key_of_run()
         self.progress("preparing", 1, 1)
 
     # --- what is trained ------------------------------------------------------------------------------------------
@@ -214,7 +217,8 @@ class Run:
                     if self._done() * JUDGEMENTS >= state.judged + 1 and self._fits():
                         self._judge()
                         self._keep()
-                self.controller.seen(self.compressed.coded_bytes())
+                self.controller.goal = self._goal()
+                self.controller.seen(self.compressed.coded_bytes(), warmed_cosine(self._done()))
             self._step()
         self.compressed.reprice()
         self._judge()
@@ -288,6 +292,11 @@ class Run:
             highest = highest_rate(self.steps if self.steps is not None else self.state.step / max(done, 1e-9))
         return highest * warmed_cosine(done)
 
+    def _goal(self) -> float:
+        """Bytes that the codes are to take now."""
+        slack = LAST_SLACK + (SLACK - LAST_SLACK) * warmed_cosine(self._done())
+        return max(self.size * (1 - slack) - self.rest, 1.0)
+
     def _expected(self) -> int:
         """Bytes of the file as it would be now."""
         return math.ceil(self.compressed.coded_bytes() + self.rest)
@@ -305,7 +314,6 @@ class Run:
         data, contents = written(self.compressed)
         # Small tensors and bases take other bytes than before, by little.
         self.rest = len(data) - self.compressed.coded_bytes()
-        self.controller.goal = max(self.size * (1 - SLACK) - self.rest, 1.0)
         if not self.accelerator.is_main_process:
             self.accelerator.wait_for_everyone()
             return
@@ -345,7 +353,7 @@ class Run:
 
     def _resume_or_begin(self) -> None:
         """Takes up the state that was kept, or judges the file that was given, which is the best one so far."""
-        self._log.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._log.parent)
         if self.options.resume and self._kept.exists():
             self._take_up()
             return
@@ -357,8 +365,7 @@ class Run:
         self._judge()
         self.state.held_loss_before = self.state.held_loss
 
-    @cached_property
-    def _key(self) -> str:
+    def _key_of_run(self) -> str:
         """Of what a state belongs to."""
         options = {name: value for name, value in asdict(self.options).items() if name not in ("resume", "device")}
         told = json.dumps([options, self.lessons.output, self.accelerator.num_processes], sort_keys=True)
@@ -372,7 +379,7 @@ class Run:
             "key": self._key, "state": asdict(self.state) | {"seconds": self._elapsed()},
             "place": [self.course.epoch, self.course.place], "controller": asdict(self.controller),
             "rest": self.rest, "usual": self.clipper.usual, "latents": self.compressed.latents.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimiser": self.optimiser.state_dict(), "log": self._logged,
         }  # fmt: skip
         data = io.BytesIO()
         torch.save(kept, data)
@@ -394,6 +401,8 @@ class Run:
         self.course.epoch, self.course.place = kept["place"]
         self.controller = RateController(**kept["controller"])
         self.clipper, self.rest = Clipper(kept["usual"]), kept["rest"]
+        # Without the lines that came after the state: they come again.
+        self._logged = kept["log"]
         self.note(f"going on from step {self.state.step}")
 
     def _elapsed(self) -> float:
@@ -411,11 +420,12 @@ class Run:
         }  # fmt: skip
         line = io.StringIO()
         writer = csv.DictWriter(line, list(row))
-        if not self._log.exists():
+        if not self._logged:
             writer.writeheader()
         writer.writerow(row)
-        with self._log.open("a", encoding="utf-8", newline="") as log:
-            log.write(line.getvalue())
+        # Whole, since an appended line can be torn, by a kill or a full disk.
+        self._logged += line.getvalue()
+        write(self._log, self._logged.encode())
         self.losses.clear()
         held = f"held-out loss {loss:.4f}" if math.isfinite(loss) else f"more than {self.size:,} bytes"
         best = ", the best so far" if state.best_step == state.step and math.isfinite(loss) else ""

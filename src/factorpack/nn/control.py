@@ -7,6 +7,8 @@ SMOOTHING = 0.05
 """Part of the running loss that a new one makes up."""
 INTEGRAL, PROPORTIONAL = 10.0, 100.0
 """By how much log λ grows at each look, and stands above that, for a file that is larger by its whole size."""
+LEAST_PACE = 0.1
+"""What bits do at a lower pace is too slow to be steered by."""
 LARGEST_TURN = 0.3
 """Of log λ, at one look."""
 LARGEST_STAND = 3.0
@@ -21,7 +23,8 @@ class RateController:
 
     At high rate the loss falls by 2 ln 2 times itself a bit a weight, so that λ = 2 ln 2 · loss / count is where
     bits are worth what they cost (Gersho & Gray 1991). A controller with an integral and a proportional part goes on
-    from there: each look at the real size moves λ.
+    from there: each look at the real size moves λ. The slower codes move, the more of it is proportional: what a size
+    does then comes late, and an integral that does not wait for it swings to and fro.
     """
 
     count: int
@@ -29,6 +32,7 @@ class RateController:
     loss: float | None = None
     logarithm: float = 0.0
     error: float = 0.0
+    pace: float = 1.0
 
     def heard(self, loss: float) -> None:
         """Takes in the loss of a batch."""
@@ -37,10 +41,10 @@ class RateController:
         else:
             self.loss += SMOOTHING * (loss - self.loss)
 
-    def seen(self, size: float) -> None:
-        """Takes in the bytes that the codes take now."""
-        self.error = size / self.goal - 1
-        turn = min(max(INTEGRAL * self.error, -LARGEST_TURN), LARGEST_TURN)
+    def seen(self, size: float, pace: float = 1.0) -> None:
+        """Takes in the bytes that the codes take now, and the part of their highest rate that they move at."""
+        self.error, self.pace = size / self.goal - 1, max(pace, LEAST_PACE)
+        turn = min(max(INTEGRAL * self.pace * self.error, -LARGEST_TURN), LARGEST_TURN)
         middle = math.log(self._expected(self.loss or 0.0))
         self.logarithm = min(max(self.logarithm + turn, middle - math.log(RANGE)), middle + math.log(RANGE))
 
@@ -52,4 +56,5 @@ class RateController:
         """λ; 0 before the first loss."""
         if self.loss is None:
             return 0.0
-        return math.exp(self.logarithm + min(max(PROPORTIONAL * self.error, -LARGEST_STAND), LARGEST_STAND))
+        stand = PROPORTIONAL / math.sqrt(self.pace) * self.error
+        return math.exp(self.logarithm + min(max(stand, -LARGEST_STAND), LARGEST_STAND))
