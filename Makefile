@@ -23,9 +23,11 @@ lint: $(VENV)/.ready
 test: lint
 	$(BIN)/python -m pytest
 
-# What takes long: kills by the hundred, files of gigabytes.
+# What takes long: kills by the hundred, files of gigabytes and the memory and milliseconds that they may take.
 soak: $(VENV)/.ready
 	$(BIN)/python -m pytest -m soak
+	$(BIN)/python bench/folder.py
+	$(BIN)/python bench/opening.py
 
 MINUTES ?= 30
 

@@ -309,6 +309,11 @@ def test_options_that_cannot_be_are_refused(options: dict, told: str) -> None:
         TrainingOptions(**options)
 
 
+def test_a_file_is_not_trained_into_itself(task: Task, file: Path) -> None:
+    with pytest.raises(UnsupportedError, match="is what is trained.*another --out"):
+        trained(task, file, file.parent / "." / file.name, steps=1)
+
+
 def test_without_accelerate_it_says_what_to_install(task: Task, file: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(UnsupportedError, match=r"pip install factorpack\[finetune\]"):

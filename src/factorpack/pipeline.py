@@ -5,7 +5,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -150,7 +150,7 @@ def finish(
     packed: Packed, state: State, seconds: float, score: Callable[[Path], Scores] | None, path: Path | None = None
 ) -> PackedModel:
     """Writes the file to `path` (a temporary one without), and reports on it as it is read back from there."""
-    with tempfile.TemporaryDirectory() as folder:
+    with nullcontext("") if path else tempfile.TemporaryDirectory() as folder:
         target = path or Path(folder) / "model.fpk"
         write(target, packed.data)
         bill = File(target).bill()

@@ -138,6 +138,10 @@ class Run:
     def __post_init__(self) -> None:
         self._began = time.perf_counter()
         options, lessons = self.options, self.lessons
+        if self.out.resolve() == self.file.resolve():
+            raise UnsupportedError(
+                f"{self.out} is what is trained, and needed to go on after a stop: give another --out"
+            )
         self.accelerator = accelerator_for(options)
         if not self.accelerator.is_main_process:
             self.progress, self.note = silent, _unheard
@@ -173,7 +177,6 @@ class Run:
         folder = self.out.with_name(self.out.name + ".training")
         self._log, self._kept = folder / "log.csv", folder / "state.pt"
         self._logged = ""
-        # Now, since OUT may be the very file.
         self._key = self._key_of_run()
         self.progress("preparing", 1, 1)
 
