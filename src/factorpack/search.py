@@ -38,6 +38,10 @@ COARSEST_BITS, FINEST_BITS = 0.5, 6
 """Bits a weight that an analysis reaches to."""
 ELASTICITY = 1 / 3
 """−∂ log bytes / ∂ log λ, about: from 1 to 2.5 bits a weight measured as 0.3 to 0.4 (docs/log.md)."""
+FLAT = 0.05
+"""Where it is less than that, λ has hardly a hold on the size."""
+STRIDE = 1.1
+"""What a search for λ goes beyond what the size says."""
 LEARNING = 0.05
 """A walk learns from the layers behind it how large those before it will be; that part of all is taken as expected."""
 STEERING = 2.5
@@ -519,11 +523,16 @@ def _bracket(search: _Search, rate: float, goal: float) -> _Bracket:
     below: tuple[float, float] | None = None
     nearest: tuple[float, float] | None = None
     overhead: float | None = None
-    stride = 1.1
+    last: tuple[float, float] | None = None
+    stride = STRIDE
     for _ in range(SEARCHES):
         counted = search.at(rate)
         overhead = search.overhead(rate) if overhead is None else overhead
         size = counted + overhead
+        # Where a file hardly grows or shrinks with λ its size does not tell how far to go.
+        if last is not None and abs(math.log(size / last[1])) < FLAT * abs(math.log(rate / last[0])):
+            stride *= stride
+        last = (rate, size)
         if size > goal:
             above = (rate, size)
         else:
@@ -531,8 +540,6 @@ def _bracket(search: _Search, rate: float, goal: float) -> _Bracket:
         if nearest is None or abs(size - goal) < abs(nearest[1] - goal):
             nearest = (rate, size)
         following = _next_rate(rate, size, goal, above, below, stride)
-        # Where a file hardly grows or shrinks with λ its size does not tell how far to go.
-        stride *= stride
         if abs(size - goal) <= goal * tolerance or following is None:
             break
         rate = following
