@@ -162,7 +162,7 @@ def test_a_disk_too_small_for_temporary_folders_is_said(digits_task, out, monkey
 
     monkeypatch.setattr(tempfile, "mkdtemp", full)
     found = run("compress", digits_task.path, "--max-drop", "1", "--out", out)
-    assert_one_line(found, "No space left on device: '/tmp/folder'; is the disk full")
+    assert_one_line(found, "No space left on device: '/tmp/folder': free space there")
     assert out.read_bytes() == OLD
 
 

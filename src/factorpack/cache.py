@@ -240,7 +240,10 @@ def analyse(source: Source, options: Options, folder: Path, progress: Progress, 
     store = opened(source, options, folder, note)
     state = cached_state(store, source, options, progress)
     if not state.layers:
-        raise UnsupportedError("there are no weights to analyse: every tensor is small or kept exactly")
+        raise UnsupportedError(
+            "there are no weights to analyse, every tensor is small or kept exactly: ask for a --size without --cache "
+            "and --resume"
+        )
     met = frozenset[str]() if state.prefix is None else state.prefix.names
     # Weights behind the prefix are solved anew for every file, stored ones when they are needed: the outline is enough.
     needed = [] if state.stored else [name for name in state.layers if name not in met]

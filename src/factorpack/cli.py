@@ -1,5 +1,6 @@
 """The command line: arguments and printing, nothing else."""
 
+import errno
 import json
 import os
 import re
@@ -71,7 +72,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             raise
         except OSError as error:
             # Temporary folders, and what is printed, take space too.
-            text = f"{error}; is the disk full, and may you write there?"
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            text = f"{error}{': free space there' if full else ''}"
             notes.print(f"[bold red]error:[/] {escape(text)}", highlight=False, soft_wrap=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
@@ -232,8 +234,8 @@ def compress(
         bool,
         typer.Option(
             "--resume",
-            help="Go on where a run that was stopped was; keeps its work in FILE.fpk.cache where no --cache is given. "
-            "The folder stays: any further size then takes far less time.",
+            help="Go on where a run with it, or with the same --cache, was stopped; keeps its work in FILE.fpk.cache "
+            "where no --cache is given. The folder stays: any further size then takes far less time.",
         ),
     ] = False,
     form: Form = "auto",
@@ -262,6 +264,8 @@ def compress(
         raise UnsupportedError("a plan says the form of each weight: leave --form, --solver and --rank out")
     if resume and cache is None:
         cache = out.with_name(out.name + ".cache")
+    if resume and cache is not None and not cache.exists():
+        _note(f"there is nothing to resume in {cache}: the run begins anew, and can be gone on with from now on")
     goal = Goal(parse_size(size) if size else 0, ratio, max_drop, _read_plan(plan) if plan else None)
     options = Options(form, solver, seed, tuple(exclude or ()), keep_batch_norms, rank)
     with _bars() as progress:

@@ -228,7 +228,8 @@ def load_state_dict(path: str | Path, most_bytes: int | None = None) -> dict[str
 class PackedTensors(Mapping[str, Tensor]):
     """The tensors of an open file by name, each decoded, dense and in its original dtype, when it is asked for.
 
-    The file is mapped, not read: a weight takes its own record alone. It has to stay as it is while it is in use.
+    The file is mapped, not read: a weight takes its own record alone. Whoever shortens the file in place meanwhile ends
+    this process; one that is replaced, as every write of this package does it, stays what it was.
     `shapes` and `dtypes` tell of all names without decoding.
     """
 
@@ -239,6 +240,9 @@ class PackedTensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return state_dict({name: self._file.tensor(name)}, {name: self.dtypes[name]}, {})[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

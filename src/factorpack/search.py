@@ -1,9 +1,10 @@
 """The search over λ: candidates of every layer, until the file has the size that was asked for."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -38,7 +39,7 @@ COARSEST_BITS, FINEST_BITS = 0.5, 6
 """Bits a weight that an analysis reaches to."""
 ELASTICITY = 1 / 3
 """−∂ log bytes / ∂ log λ, about: from 1 to 2.5 bits a weight measured as 0.3 to 0.4 (docs/log.md)."""
-FLAT = 0.05
+FLAT = 0.01
 """Where it is less than that, λ has hardly a hold on the size."""
 STRIDE = 1.1
 """What a search for λ goes beyond what the size says."""
@@ -201,17 +202,28 @@ class _Search:
     def ladder(self) -> None:
         """The candidates that no λ leads to: codebooks, and every form by projected gradients."""
         form, layers = self.options.form, self.state.layers
-        for done, layer in enumerate(layers.values()):
+        for done, name in enumerate(layers):
             self.progress(f"{form}, {self.options.solver}", done, len(layers))
-            generator = torch.Generator().manual_seed(self.options.seed)
-            if self.options.solver == "projected-gradient":
-                weights = layer.descents(form, generator)
-            else:
-                weights = layer.codebooks(generator)
-            for weight in weights:
-                self.found[layer.name].append(_candidate(layer, weight, 0.0))
-                self.settled.add(layer.name)
+            self._climb(name, layers[name])
         self.progress(f"{form}, {self.options.solver}", len(layers), len(layers))
+
+    def _climb(self, name: str, layer: Layer) -> None:
+        for place, weight in enumerate(self._ladder(layer)):
+            found = _candidate(layer, weight, 0.0)
+            if self.state.stored:
+                found = replace(found, make=partial(self._rung, name, place))
+            self.found[name].append(found)
+            self.settled.add(name)
+
+    def _ladder(self, layer: Layer) -> Iterator[FactoredWeight]:
+        generator = torch.Generator().manual_seed(self.options.seed)
+        if self.options.solver == "projected-gradient":
+            return layer.descents(self.options.form, generator)
+        return layer.codebooks(generator)
+
+    def _rung(self, name: str, place: int) -> FactoredWeight:
+        """The weight at that place of a layer's ladder; what comes before it is drawn from the same generator."""
+        return next(islice(self._ladder(self.state.layers[name]), place, None))
 
     @property
     def laddered(self) -> bool:

@@ -137,7 +137,7 @@ def load_task(spec: str) -> Task:
     try:
         if path.suffix == ".py":
             if not path.is_file():
-                raise TaskError(f"no task file {spec}; give a .py file, module:attribute or a .safetensors file")
+                raise TaskError(f"no task file {spec}; give a .py file, module:attribute, or .safetensors files")
             return Task(path.name, vars(_module(path.resolve())))
         if ":" in spec:
             name, attribute = spec.split(":", 1)
@@ -149,7 +149,7 @@ def load_task(spec: str) -> Task:
         raise TaskError(f"{spec} cannot be loaded: {_place(error)}") from error
     if path.suffix == ".safetensors" or path.is_dir():
         raise TaskError(f"{spec} holds weights alone: to evaluate, give a task file (.py) or module:attribute")
-    raise TaskError(f"{spec} is no task: give a .py file, module:attribute or a .safetensors file")
+    raise TaskError(f"{spec} is no task: give a .py file, module:attribute, a .safetensors file or a folder of them")
 
 
 Evaluate = Callable[[nn.Module], float | Scores]

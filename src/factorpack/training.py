@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from factorpack.cache import Note
-from factorpack.container import Contents, make_folder, read, write
+from factorpack.container import Contents, File, make_folder, read, write
 from factorpack.errors import BudgetError, TaskError, UnsupportedError
 from factorpack.nn.control import RateController
 from factorpack.nn.lessons import Course, batches_in, exchanged, hold_out
@@ -344,7 +344,7 @@ class Run:
     def report(self, evaluate: Evaluate | None) -> TrainingReport:
         """On the file that was kept, read back from disk; `evaluate` scores it."""
         seconds = self._elapsed()
-        _, bill = read(self.out)
+        bill = File(self.out).bill()
         began = time.perf_counter()
         scores = as_scores(evaluate(load(self.out, copy_of(self.model))), "finetune") if evaluate else {}
         evaluation = time.perf_counter() - began if evaluate else 0.0
@@ -393,10 +393,10 @@ class Run:
             kept = torch.load(self._kept, map_location=self.accelerator.device, weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise UnsupportedError(f"{self._kept} cannot be read ({error}): start again without --resume") from error
-        if kept["key"] != self._key:
+        if kept.get("key") != self._key or "log" not in kept:
             raise UnsupportedError(
-                f"{self._kept} is of another file, or of other options: give those that it was begun with, or start "
-                f"again without --resume"
+                f"{self._kept} is of another file, of other options or of another version: give those that it was "
+                f"begun with, or start again without --resume"
             )
         self.compressed.latents.load_state_dict(kept["latents"])
         self.optimiser.load_state_dict(kept["optimiser"])

@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 import factorpack
 from factorpack.coding import append_varint, encode_integers
-from factorpack.coding.records import FORMS, encode_weight
+from factorpack.coding.records import FORMS, encode_vectors, encode_weight
 from factorpack.container import Contents, File, read, to_bytes, write
 from factorpack.container.layout import DTYPES, EXACT, KEY, MAX_AXES, NUMPY_DTYPES, PARTS, VECTOR, VERSION, WEIGHT
 from factorpack.container.writer import deflate
@@ -281,16 +281,35 @@ def test_an_open_file_gives_what_reading_gives_and_reads_nothing_else(tmp_path):
         laws.assert_same_contents(*found)
         assert whole.shapes[name] == found[0].tensors["x"].shape
     assert whole.dtypes == contents.dtypes
-    # Damage of one record meets those who ask for its tensor, and nobody else.
-    record = encode_weight(contents.tensors["b.weight"])
-    data[data.find(record) + len(record) // 2] ^= 1
-    harmed = File(saved(tmp_path, data, "harmed.fpk"))
-    for name in ("a.weight", "a.bias", "steps", "c.weight"):
-        harmed.tensor(name)
-    with pytest.raises(FormatError, match=r"b\.weight.*checksum"):
-        harmed.tensor("b.weight")
     with pytest.raises(KeyError):
-        harmed.tensor("d.weight")
+        whole.tensor("d.weight")
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "told"),
+    [
+        ("b.weight", encode_weight(small_contents().tensors["b.weight"]), r"tensor b\.weight: .*checksum"),
+        ("a.bias", encode_vectors([small_contents().tensors["a.bias"]]), "record of the small tensors.*checksum"),
+        ("steps", deflate(small_contents().tensors["steps"].tobytes()), "record of the exact tensors.*checksum"),
+    ],
+)
+def test_damage_of_a_record_meets_who_asks_for_its_tensors_and_nobody_else(name, record, told, tmp_path):
+    contents = small_contents()
+    data = bytearray(to_bytes(contents))
+    data[data.rfind(record) + len(record) // 2] ^= 1
+    file = File(saved(tmp_path, data))
+    for other in contents.tensors.keys() - {name}:
+        file.tensor(other)
+    with pytest.raises(FormatError, match=told):
+        file.tensor(name)
+    with pytest.raises(KeyError):
+        file.tensor("d.weight")
+
+
+@pytest.mark.parametrize("blob", [b"", bytes(4), struct.pack("<III", 5, 5, 0), struct.pack("<III", 0, 0, 0)])
+def test_a_blob_of_hardly_anything_is_refused(blob, tmp_path):
+    with pytest.raises(FormatError):
+        read(saved(tmp_path, save({KEY: np.frombuffer(blob, np.uint8)}, metadata={KEY: VERSION})))
 
 
 def test_an_open_file_allows_each_tensor_the_same_memory(tmp_path):

@@ -59,7 +59,7 @@ def test_tensors_come_as_they_are(folder: Path) -> None:
         found["1.bias"]
 
 
-@pytest.mark.parametrize("form", ["auto", "svd"])
+@pytest.mark.parametrize("form", ["auto", "svd", "vq"])
 def test_a_file_of_stored_weights_is_that_of_weights_in_memory(folder: Path, form: str) -> None:
     options = Options(form)
     stored = Source(stored_tensors(folder)).state(options)
@@ -69,11 +69,14 @@ def test_a_file_of_stored_weights_is_that_of_weights_in_memory(folder: Path, for
     found, expected = (pack(state, 8000, options, silent) for state in (stored, held))
     assert found.data == expected.data
     assert found.plan == expected.plan
+    if form == "vq":
+        return
     again = pack_plan(stored, found.plan, Options(), silent)
     assert again.data == found.data
 
 
-def test_no_more_than_one_layer_is_held(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", ["auto", "vq"])
+def test_no_more_than_one_layer_is_held(folder: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Layer]] = []
     state = read_stored(stored_tensors(folder))
     make = state.layers._make  # type: ignore[attr-defined]
@@ -85,7 +88,7 @@ def test_no_more_than_one_layer_is_held(folder: Path, monkeypatch: pytest.Monkey
         return layer
 
     monkeypatch.setattr(state.layers, "_make", counted)
-    pack(state, 8000, Options(), silent)
+    pack(state, 8000, Options(form), silent)
     assert len(alive) > 2 * len(state.layers)
 
 
@@ -108,6 +111,14 @@ def test_what_is_no_such_file_or_folder_is_told(folder: Path, tmp_path: Path) ->
     (tmp_path / "nothing").mkdir()
     with pytest.raises(TaskError, match="there is no .safetensors file in"):
         stored_tensors(tmp_path / "nothing")
+    index = folder / "model.safetensors.index.json"
+    for homes, told in (
+        ({"0.weight": "gone.safetensors"}, r"names gone\.safetensors, which is not there"),
+        ({"0.weight": "other.safetensors", "lost": "other.safetensors"}, "names 'lost', which is not in other"),
+    ):
+        index.write_text(json.dumps({"weight_map": homes}))
+        with pytest.raises(TaskError, match=told):
+            stored_tensors(folder)
     (folder / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(TaskError, match="the index of its safetensors files cannot be read"):
         stored_tensors(folder)

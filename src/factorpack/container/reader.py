@@ -67,8 +67,9 @@ class _Blob:
 
     def reader(self, start: int, size: int, allowance: Allowance) -> Reader:
         """A reader of `size` bytes from `start` on, or of those that there are."""
-        part = self._bytes[min(start, self.size) : min(start + size, self.size)]
-        return Reader(part.data, allowance)
+        stop = min(start + size, self.size)
+        # An empty part, wherever it is, is none to safetensors.
+        return Reader(self._bytes[start:stop].data if start < stop else b"", allowance)
 
 
 def inflate(data: bytes | memoryview, size: int, what: str) -> bytes:
@@ -126,7 +127,7 @@ def _end(reader: Reader, what: str) -> None:
         raise FormatError(f"{what} is followed by {reader.remaining} bytes that do not belong there")
 
 
-def _exact(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+def _array_of(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     found = np.frombuffer(data, NUMPY_DTYPES[dtype]).reshape(shape)
     if (dtype == "bool" and (found.view(np.uint8) > 1).any()) or (
         dtype == "bfloat16" and (found.view("<u4") & 0xFFFF).any()
@@ -140,8 +141,8 @@ class File:
 
     `weights`, `small` and `exact` are the names of what is stored, by kind; `aliases` are tied names, each with the
     name that is stored for it; `dtypes` and `shapes` are those of all names, the stored ones first, in the file's
-    order. `most_bytes` bounds the memory for the dense tensors and the integers of
-    their factors together; None stands for 1,024 times the file's size, or 64 MiB where that is more.
+    order. `most_bytes` bounds the memory for all dense tensors, with the integers of the factors of a tensor that is
+    asked for alone, or of all in `contents`; None stands for 1,024 times the file's size, or 64 MiB where that is more.
     Raises FormatError, before the memory is used, where the file asks for more, is damaged, truncated, of another kind
     or version.
     """
@@ -153,19 +154,20 @@ class File:
             max(LEAST_ALLOWED, ALLOWED_RATIO * blob.size) if most_bytes is None else most_bytes
         )
         head = blob.reader(0, HEAD_BYTES, allowance).take(HEAD_BYTES, "the head")
-        stored, size, checksum = struct.unpack("<III", head)
-        if size > MAX_INDEX_BYTES:
-            raise FormatError(f"an index of {size} bytes is larger than {MAX_INDEX_BYTES}")
+        stored, inflated, checksum = struct.unpack("<III", head)
+        if inflated > MAX_INDEX_BYTES:
+            raise FormatError(f"an index of {inflated} bytes is larger than {MAX_INDEX_BYTES}")
         deflated = blob.reader(HEAD_BYTES, stored, allowance).take(stored, "the index")
         # Of the bytes as stored: deflate ends in bits that mean nothing, and a changed one is damage too.
         if zlib.crc32(deflated) != checksum:
             raise FormatError("the index is damaged: its checksum is wrong")
-        allowance.spend(size, "the index")
-        self._index = index = _Index(inflate(deflated, size, "the index"), allowance)
+        allowance.spend(inflated, "the index")
+        self._index = index = _Index(inflate(deflated, inflated, "the index"), allowance)
         self.weights, self.small, self.exact = (
             [name for name, found in zip(index.names, index.kinds, strict=True) if found == kind]
             for kind in (WEIGHT, VECTOR, EXACT)
         )
+        self._kinds = dict(zip(index.names, index.kinds, strict=True))
         self._places: dict[str | int, tuple[int, int]] = {}
         self._index_bytes = start = HEAD_BYTES + stored
         owners: list[str | int] = [*self.weights, *(kind for kind in (VECTOR, EXACT) if kind in index.kinds)]
@@ -202,26 +204,24 @@ class File:
 
     @cached_property
     def _vectors(self) -> dict[str, FactoredVector]:
-        names = self.small
-        if not names:
+        if not self.small:
             return {}
         record = self._record(VECTOR, "the record of the small tensors", self._allowance)
-        vectors = decode_vectors(record, [self.shapes[name] for name in names])
+        vectors = decode_vectors(record, [self.shapes[name] for name in self.small])
         _end(record, "the record of the small tensors")
-        return dict(zip(names, vectors, strict=True))
+        return dict(zip(self.small, vectors, strict=True))
 
     @cached_property
-    def _exact(self) -> dict[str, np.ndarray]:
-        names = self.exact
-        if not names:
+    def _arrays(self) -> dict[str, np.ndarray]:
+        if not self.exact:
             return {}
         record = self._record(EXACT, "the record of the exact tensors", self._allowance)
-        lengths = [prod(self.shapes[name]) * np.dtype(NUMPY_DTYPES[self.dtypes[name]]).itemsize for name in names]
+        lengths = [prod(self.shapes[name]) * np.dtype(NUMPY_DTYPES[self.dtypes[name]]).itemsize for name in self.exact]
         data = record.take(record.remaining, "the exact tensors")
         raw = inflate(data, sum(lengths), "the record of the exact tensors")
         found, start = {}, 0
-        for name, length in zip(names, lengths, strict=True):
-            found[name] = _exact(raw[start : start + length], self.dtypes[name], self.shapes[name])
+        for name, length in zip(self.exact, lengths, strict=True):
+            found[name] = _array_of(raw[start : start + length], self.dtypes[name], self.shapes[name])
             start += length
         return found
 
@@ -229,13 +229,16 @@ class File:
         """What is stored of a tensor, or of what it is tied to; KeyError for a name that is not in the file.
 
         A weight's record alone is read. Small tensors have one record in common, and so have exact ones: these are
-        kept once they are read. Raises FormatError, naming the tensor, where the record is damaged.
+        kept once they are read. Raises FormatError, naming the weight or the record, where that is damaged.
         """
         name = self.aliases.get(name, name)
-        if name in self._places:
+        if self._kinds[name] == WEIGHT:
             # By itself: what was asked for before may be gone.
             return self._weight(name, self._allowance.copy())[0]
-        return self._vectors[name] if name in self._vectors else self._exact[name]
+        try:
+            return self._vectors[name] if self._kinds[name] == VECTOR else self._arrays[name]
+        except FormatError as error:
+            raise FormatError(f"{self.path}: {error}") from error
 
     def bill(self) -> Bill:
         """Where the bytes of the file are; every record is decoded, one weight at a time."""
@@ -243,7 +246,7 @@ class File:
         return self._bill(weights)
 
     def _bill(self, weights: tuple[TensorBill, ...]) -> Bill:
-        small, exact = bool(self._vectors), bool(self._exact)
+        small, exact = bool(self._vectors), bool(self._arrays)
         shared = {"index": self._index_bytes, "header": self._blob.file_bytes - self._blob.size}
         shared["checksums"] = CHECKSUM_BYTES * (small + exact)
         if small:
@@ -254,7 +257,7 @@ class File:
 
     def contents(self) -> tuple[Contents, Bill]:
         """All that the file holds, and where its bytes are."""
-        found: dict[str, Value] = {**self._vectors, **self._exact}
+        found: dict[str, Value] = {**self._vectors, **self._arrays}
         # What the small tensors took is gone for good, since they are kept; what the weights take is the caller's.
         allowance = self._allowance.copy()
         weights = {name: self._weight(name, allowance) for name in self.weights}

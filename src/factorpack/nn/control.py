@@ -8,7 +8,7 @@ SMOOTHING = 0.05
 INTEGRAL, PROPORTIONAL = 10.0, 100.0
 """By how much log λ grows at each look, and stands above that, for a file that is larger by its whole size."""
 LEAST_PACE = 0.1
-"""What bits do at a lower pace is too slow to be steered by."""
+"""Lower ones count as this: a gain of one over their root would grow without bound."""
 LARGEST_TURN = 0.3
 """Of log λ, at one look."""
 LARGEST_STAND = 3.0

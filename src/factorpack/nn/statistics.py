@@ -157,10 +157,10 @@ class _Observer(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             self._attention(bound(ATTENTION, args, kwargs), out[0])
         elif isinstance(out, Tensor) and out.requires_grad:
-            self._observe(func, args, kwargs, out)
+            self._met(func, args, kwargs, out)
         return out
 
-    def _observe(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    def _met(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         use = self.names.use(func, args, kwargs)
         if use is not None:
             self._use(use, out)

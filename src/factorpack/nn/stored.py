@@ -48,6 +48,9 @@ class StoredTensors(Mapping[str, Tensor]):
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
@@ -65,14 +68,24 @@ def stored_tensors(path: Path) -> StoredTensors:
     if not path.is_dir():
         raise TaskError(f"no file {path}; give a .py file, module:attribute, a .safetensors file or a folder of them")
     indexes = sorted(path.glob("*.safetensors.index.json"))
+    homes: dict[str, str] = {}
     try:
-        named = {path / name for index in indexes for name in json.loads(index.read_bytes())["weight_map"].values()}
+        for index in indexes:
+            homes |= json.loads(index.read_bytes())["weight_map"]
+        named = sorted({path / name for name in homes.values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TaskError(f"{path}: the index of its safetensors files cannot be read ({error})") from error
-    found = sorted(named or path.glob("*.safetensors"))
-    if not found:
+    for file in named:
+        if not file.is_file():
+            raise TaskError(f"the index of {path} names {file.name}, which is not there: fetch it again")
+    paths = named or sorted(path.glob("*.safetensors"))
+    if not paths:
         raise TaskError(f"there is no .safetensors file in {path}: give a folder of them, or a task file (.py)")
-    return StoredTensors(found)
+    found = StoredTensors(paths)
+    for name, home in homes.items():
+        if name not in found:
+            raise TaskError(f"the index of {path} names {name!r}, which is not in {home}: fetch that again")
+    return found
 
 
 class StoredLayers(Mapping[str, Layer]):
@@ -86,6 +99,9 @@ class StoredLayers(Mapping[str, Layer]):
         if name not in self.shapes:
             raise KeyError(name)
         return self._make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
