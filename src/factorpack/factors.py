@@ -11,7 +11,7 @@ once: every machine decodes the same float32 values. (Layout of the steps: Kuzmi
 A step is stored as an integer exponent e and is worth 2^(e/64).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, reduce
 from math import isqrt, prod
@@ -29,6 +29,12 @@ LOGARITHM_LIMIT = 1000 * STEPS_PER_OCTAVE
 INTEGER_LIMIT = 2**24
 ENTRIES_AT_ONCE = 1 << 24
 """Of a larger weight so many are worked on at a time: what is half done takes several times as much memory."""
+
+
+def parts(lines: int, entries: int) -> Iterator[slice]:
+    """Lines of so many entries, some of them at a time."""
+    at_once = max(ENTRIES_AT_ONCE // max(entries, 1), 1)
+    return (slice(start, start + at_once) for start in range(0, lines, at_once))
 
 
 @cache
@@ -258,8 +264,7 @@ class FactoredWeight:
         columns = np.ones(1) if isinstance(codes, OneHotCodes) else codes.grid.steps
         columns = np.broadcast_to(np.asarray(columns, np.float32).astype(np.float64), (count,))
         tiles = np.empty((depth, count), np.float32)
-        at_once = max(ENTRIES_AT_ONCE // depth, 1)
-        for part in (slice(start, start + at_once) for start in range(0, count, at_once)):
+        for part in parts(count, depth):
             if isinstance(codes, OneHotCodes):
                 assert exact is not None
                 product = exact[:, codes.indices[part]]

@@ -21,7 +21,7 @@ from factorpack.nn.loading import place_dense, place_on_the_fly, state_dict
 from factorpack.nn.prefix import Prefix, copy_of
 from factorpack.nn.state import State, check_values, read_state, read_stored
 from factorpack.nn.statistics import Statistics, collect
-from factorpack.nn.stored import StoredTensors
+from factorpack.nn.stored import Shaped, StoredTensors
 from factorpack.plan import ModelPlan
 from factorpack.search import Options, Packed, Progress, pack
 from factorpack.task import Evaluate, Scores, as_scores, checked_output
@@ -225,7 +225,7 @@ def load_state_dict(path: str | Path, most_bytes: int | None = None) -> dict[str
     return state_dict(contents.tensors, contents.dtypes, contents.aliases)
 
 
-class PackedTensors(Mapping[str, Tensor]):
+class PackedTensors(Shaped[Tensor]):
     """The tensors of an open file by name, each decoded, dense and in its original dtype, when it is asked for.
 
     The file is mapped, not read: a weight takes its own record alone. Whoever shortens the file in place meanwhile ends
@@ -235,20 +235,11 @@ class PackedTensors(Mapping[str, Tensor]):
 
     def __init__(self, file: File) -> None:
         self._file = file
-        self.shapes: Mapping[str, tuple[int, ...]] = file.shapes
+        self.shapes = file.shapes
         self.dtypes: Mapping[str, str] = file.dtypes
 
     def __getitem__(self, name: str) -> Tensor:
         return state_dict({name: self._file.tensor(name)}, {name: self.dtypes[name]}, {})[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
 
 
 def open_file(path: str | Path, most_bytes: int | None = None) -> PackedTensors:

@@ -297,7 +297,7 @@ def test_large_weights_are_rounded_in_parts(paths: int, monkeypatch: pytest.Monk
     target, feedback = 3 * rand(2, 11, 12), Feedback(correlated(2, 12), paths=paths)
     paid = price(22, 12, 0.2)
     whole = rounded(target, 0.5, feedback, paid)
-    monkeypatch.setattr(sequential, "ENTRIES_AT_ONCE", 3 * 2 * 12)
+    monkeypatch.setattr("factorpack.factors.ENTRIES_AT_ONCE", 3 * 2 * 12)
     assert torch.equal(rounded(target, 0.5, feedback, paid), whole)
 
 
@@ -318,7 +318,7 @@ def test_bases_of_large_weights_are_found_in_parts(along_inputs: bool, monkeypat
     tiling = Tiling(tuple(weight.shape), depth=9 if along_inputs else 0)
     whole, parts = [], []
     for found, at_once in ((whole, 1 << 24), (parts, 40)):
-        monkeypatch.setattr(sequential, "ENTRIES_AT_ONCE", at_once)
+        monkeypatch.setattr("factorpack.factors.ENTRIES_AT_ONCE", at_once)
         for metric in (Metric(), Metric(row_weights=1 + rand(len(weight)).square())):
             basis, powers = principal_basis(Problem(weight, metric, Feedback(weight.shape[1])), along_inputs)
             solved = sequential.with_basis(

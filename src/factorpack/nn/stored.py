@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -22,31 +22,13 @@ def _opened(path: Path) -> Iterator[Any]:
         raise TaskError(f"{path} is no valid safetensors file ({error})") from error
 
 
-class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of `.safetensors` files by name, read from disk whenever they are asked for.
+Value = TypeVar("Value")
 
-    Each time they are in memory of their own, so that no two of them look tied. `shapes` tells of all without reading
-    them. Raises TaskError for what is no safetensors file, and for a name that is in two files.
-    """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._homes: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for path in paths:
-            with _opened(path) as file:
-                # It is no mapping: without keys() it cannot be walked.
-                for name in file.keys():  # noqa: SIM118
-                    if name in self.shapes:
-                        raise TaskError(
-                            f"{name!r} is in {self._homes[name]} and in {path}: give the file that is meant"
-                        )
-                    self._homes[name] = path
-                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+class Shaped(Mapping[str, Value]):
+    """A mapping whose values are made when they are asked for; `shapes` tells of all names without that."""
 
-    def __getitem__(self, name: str) -> Tensor:
-        with _opened(self._homes[name]) as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+    shapes: Mapping[str, tuple[int, ...]]
 
     def __contains__(self, name: object) -> bool:
         return name in self.shapes
@@ -56,6 +38,34 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+class StoredTensors(Shaped[Tensor]):
+    """The tensors of `.safetensors` files by name, read from disk whenever they are asked for.
+
+    Each time they are in memory of their own, so that no two of them look tied. `shapes` tells of all without reading
+    them. Raises TaskError for what is no safetensors file, and for a name that is in two files.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._homes: dict[str, Path] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path in paths:
+            with _opened(path) as file:
+                # It is no mapping: without keys() it cannot be walked.
+                for name in file.keys():  # noqa: SIM118
+                    if name in shapes:
+                        raise TaskError(
+                            f"{name!r} is in {self._homes[name]} and in {path}: give the file that is meant"
+                        )
+                    self._homes[name] = path
+                    shapes[name] = tuple(file.get_slice(name).get_shape())
+        self.shapes = shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        with _opened(self._homes[name]) as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
 
 
 def stored_tensors(path: Path) -> StoredTensors:
@@ -88,7 +98,7 @@ def stored_tensors(path: Path) -> StoredTensors:
     return found
 
 
-class StoredLayers(Mapping[str, Layer]):
+class StoredLayers(Shaped[Layer]):
     """Layers of stored tensors, each read and made whenever it is asked for; `shapes` tells of all without that."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], make: Callable[[str], Layer]) -> None:
@@ -99,12 +109,3 @@ class StoredLayers(Mapping[str, Layer]):
         if name not in self.shapes:
             raise KeyError(name)
         return self._make(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)

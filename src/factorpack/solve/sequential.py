@@ -21,7 +21,6 @@ from torch import Tensor
 
 from factorpack._shapes import Float, Int32, Integer
 from factorpack.factors import (
-    ENTRIES_AT_ONCE,
     IDENTITY_GRID,
     STEPS_PER_OCTAVE,
     Basis,
@@ -30,6 +29,7 @@ from factorpack.factors import (
     Grid,
     OneHotCodes,
     exponents_of,
+    parts,
     steps_of,
 )
 from factorpack.solve.objective import Metric
@@ -227,8 +227,8 @@ def round_paths(
 
 def row_parts(matrix: Float[Tensor, "... r n"]) -> Iterator[slice]:
     """Rows of a matrix, some of them at a time."""
-    lines = max(ENTRIES_AT_ONCE // (matrix.numel() // max(matrix.shape[-2], 1)), 1)
-    return (slice(start, start + lines) for start in range(0, matrix.shape[-2], lines))
+    lines = matrix.shape[-2]
+    return parts(lines, matrix.numel() // max(lines, 1))
 
 
 def rounded(
@@ -315,8 +315,9 @@ def principal_basis(problem: Problem, along_inputs: bool) -> tuple[Float[Tensor,
     if not along_inputs:
         gram = torch.zeros(outputs, outputs, dtype=torch.float64)
         if identity:
-            for part in problem.weight.split(max(ENTRIES_AT_ONCE // outputs, 1), dim=1):
-                gram += part.double() @ part.double().T
+            for part in row_parts(problem.weight.T):
+                columns = problem.weight[:, part].double()
+                gram += columns @ columns.T
         else:
             weight = problem.weight.double()
             gram += weight @ problem.moments[0].double() @ weight.T
