@@ -161,14 +161,13 @@ def _against_tensors(found: FileReport, contents: Contents, original: Original, 
     """Bare weights tell of relative errors alone."""
     tensors = original.source.model
     assert not isinstance(tensors, nn.Module)
-    shapes = {name: value.shape for name, value in contents.tensors.items()}
-    wrong = [name for name in shapes.keys() | tensors.shapes.keys() if shapes.get(name) != tensors.shapes.get(name)]
-    if wrong:
-        name = min(wrong)
-        raise MismatchError(
-            f"the file is for other weights: {name!r} is {shapes.get(name, 'missing')} in the file and "
-            f"{tensors.shapes.get(name, 'missing')} in {original.name}; give the weights that it was made from"
-        )
+    for layer in found.layers:
+        shape = tensors.shapes.get(layer.name)
+        if shape != layer.shape:
+            raise MismatchError(
+                f"the file is for other weights: {layer.name!r} is {layer.shape} in the file and {shape or 'missing'} "
+                f"in {original.name}; give the weights that it was made from"
+            )
     errors = _errors(found, contents, tensors, progress)
     return replace(with_losses(found, errors, {}, {}, ()), comparison=_comparison(errors, original))
 

@@ -177,6 +177,15 @@ def test_a_file_without_weights_has_a_page(tmp_path):
     assert "Every tensor" not in render(found)
 
 
+def test_losses_that_are_not_finite_have_a_page(held):
+    names = [layer.name for layer in held.layers]
+    broken = dict.fromkeys(names, float("nan"))
+    measured = dict.fromkeys(names, Estimate(float("inf"), float("nan")))
+    page = Page(render(replace(full(held), layers=with_losses(held, broken, broken, measured, ()).layers)))
+    assert "not finite" in " ".join(page.texts)
+    assert json.loads(page.scripts[0])["layers"][0]["relative_error"] is None
+
+
 def test_pages_have_headings_scopes_and_titles(hostile):
     page = Page(render(hostile))
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]

@@ -21,8 +21,9 @@ PASSES = 160
 
 def relative_error(original: Tensor, found: Tensor) -> float:
     """‖W−Ŵ‖²/‖W‖², both in the shape of the weight; of an original without power 0 or infinite."""
-    energy = float(original.detach().double().square().sum())
-    error = float((original.detach().double() - found.double()).square().sum())
+    original = original.detach().cpu().double()
+    energy = float(original.square().sum())
+    error = float((original - found.double()).square().sum())
     if not energy:
         return math.inf if error else 0.0
     return error / energy

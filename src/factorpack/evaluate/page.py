@@ -36,10 +36,14 @@ UNITS = {
 }
 
 
+def readable(text: str) -> str:
+    """What is not printable, as what turns the direction of writing, by its code."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def visible(name: str) -> str:
-    """A name as it can be read: what is not printable, as what turns the direction of writing, by its code."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name[:LONGEST_NAME])
-    return (shown or "(empty name)") + ("…" if len(name) > LONGEST_NAME else "")
+    """A name as it can be read, at most so much of it."""
+    return (readable(name[:LONGEST_NAME]) or "(empty name)") + ("…" if len(name) > LONGEST_NAME else "")
 
 
 def digits(value: float | None, scale: float = 1.0, count: int = 3) -> str:
@@ -54,6 +58,12 @@ def digits(value: float | None, scale: float = 1.0, count: int = 3) -> str:
     if not 1e-4 <= abs(value) < 1e6:
         return f"{value:.{count - 1}e}"
     return f"{value:,.{max(count - 1 - math.floor(math.log10(abs(value))), 0)}f}"
+
+
+def estimate(found: Estimate) -> str:
+    """A loss in thousandths, with its standard error where there is one."""
+    error = f" ± {digits(found.error, 1000, 2)}" if math.isfinite(found.error) else ""
+    return digits(found.mean, 1000) + error
 
 
 def signed(number: int) -> str:
@@ -168,7 +178,8 @@ def _panel(
     known = [mean for value in (*values, *(outlined or ())) if (mean := _mean(value)) is not None]
     if not known:
         return None
-    top = max(*known, 0.0) or 1.0
+    whiskers = [value.mean + value.error for value in values if isinstance(value, Estimate)]
+    top = max(*known, *filter(math.isfinite, whiskers), 0.0) or 1.0
     bars = _bars(layers, values, top, 0.22 if outlined else 0.1, scale, unit)
     outlines = _bars(layers, outlined, top, 0.06, scale, f"{unit} predicted") if outlined else ()
     return Panel(key, title, f"{digits(max(known), scale)}{unit}", bars, outlines)
@@ -230,7 +241,15 @@ def _environment() -> Environment:
         loader=PackageLoader("factorpack.evaluate"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=StrictUndefined,
     )  # fmt: skip
-    found.filters |= {"visible": visible, "digits": digits, "human": human, "shape": shape_of, "signed": signed}
+    found.filters |= {
+        "visible": visible,
+        "readable": readable,
+        "estimate": estimate,
+        "digits": digits,
+        "human": human,
+        "shape": shape_of,
+        "signed": signed,
+    }
     found.filters["entries"] = math.prod
     return found
 
