@@ -207,7 +207,8 @@ def test_pages_have_headings_scopes_and_titles(hostile):
 def test_hostile_names_are_text_and_nothing_else(held, hostile):
     plain, page = Page(render(full(held))), Page(render(hostile))
     # The same elements in the same order: no name opened or closed one, nor gave one a handler.
-    assert [tag for tag, _ in page.tags] == [tag for tag, _ in plain.tags]
+    elements, expected = ([tag for tag, _ in found.tags if tag != "wbr"] for found in (page, plain))
+    assert elements == expected
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     assert len(page.scripts) == 2
     names = [layer["name"] for layer in json.loads(page.scripts[0])["layers"]]

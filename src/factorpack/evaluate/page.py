@@ -6,6 +6,7 @@ text in it can end its element, and the page's policy runs no script but the one
 
 import json
 import math
+import re
 from base64 import b64encode
 from dataclasses import dataclass
 from hashlib import sha256
@@ -46,6 +47,11 @@ def visible(name: str) -> str:
     return (readable(name[:LONGEST_NAME]) or "(empty name)") + ("…" if len(name) > LONGEST_NAME else "")
 
 
+def breakable(name: str) -> Markup:
+    """As `visible`, with places where a line may end."""
+    return Markup("<wbr>").join(re.split(r"(?<=[._/])", visible(name)))
+
+
 def digits(value: float | None, scale: float = 1.0, count: int = 3) -> str:
     """With `count` digits that count."""
     if value is None:
@@ -55,7 +61,7 @@ def digits(value: float | None, scale: float = 1.0, count: int = 3) -> str:
     value *= scale
     if not value:
         return "0"
-    if not 1e-4 <= abs(value) < 1e6:
+    if not 1e-4 <= abs(value) < 1e9:
         return f"{value:.{count - 1}e}"
     return f"{value:,.{max(count - 1 - math.floor(math.log10(abs(value))), 0)}f}"
 
@@ -242,15 +248,9 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
     )  # fmt: skip
     found.filters |= {
-        "visible": visible,
-        "readable": readable,
-        "estimate": estimate,
-        "digits": digits,
-        "human": human,
-        "shape": shape_of,
-        "signed": signed,
-    }
-    found.filters["entries"] = math.prod
+        "breakable": breakable, "digits": digits, "entries": math.prod, "estimate": estimate, "human": human,
+        "readable": readable, "shape": shape_of, "signed": signed, "visible": visible,
+    }  # fmt: skip
     return found
 
 

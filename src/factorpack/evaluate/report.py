@@ -226,21 +226,21 @@ def _layer(weight: FactoredWeight, bill: TensorBill, dtype: str, aliases: tuple[
 
 def _why_small(shape: tuple[int, ...]) -> str:
     if len(shape) < 2:
-        return "one axis: rounded to a grid of its own"
+        return "one axis"
     if math.prod(shape) < SMALL:
-        return f"fewer than {SMALL} entries: rounded to a grid of its own"
-    return "no parameter of the network: rounded to a grid of its own"
+        return f"fewer than {SMALL} entries"
+    return "no parameter of the network"
 
 
 def _why_exact(name: str, value: np.ndarray, dtype: str) -> str:
     tensor = state_dict({name: value}, {name: dtype}, {})[name]
     if not tensor.is_floating_point():
-        return f"{dtype}: only real numbers are rounded"
+        return f"{dtype}, and only real numbers are rounded"
     if not tensor.numel():
-        return "it has no entries"
+        return "no entries"
     if not gridded(tensor):
-        return "no grid holds its values: some are not finite, too large or too small"
-    return "it was asked for (--exclude)"
+        return "not finite, too large or too small for a grid"
+    return "asked for (--exclude)"
 
 
 def _dense_bytes(contents: Contents) -> int:
