@@ -86,6 +86,16 @@ def test_losses_are_those_of_networks_with_one_weight_replaced(found, task, digi
     assert found.comparison.small_loss.mean < found.comparison.whole_loss.mean
 
 
+def test_embeddings_lose_half_their_squared_distance(task, digits_file):
+    batches = task.calibration()[:1]
+    found = factorpack.report(digits_file, task.model(), batches, output="embedding")
+    with torch.inference_mode():
+        distance = factorpack.load(digits_file, task.model())(batches[0]) - task.model()(batches[0])
+    assert found.comparison.whole_loss.mean == pytest.approx(float(0.5 * distance.square().sum(1).mean()), rel=1e-3)
+    assert sum(layer.predicted_loss for layer in found.layers) > 0
+    assert "half squared distance" in found.to_html()
+
+
 def test_what_is_predicted_is_near_to_what_is_measured(found):
     predicted = sum(layer.predicted_loss for layer in found.layers)
     assert 0.4 < predicted / sum(layer.measured_loss.mean for layer in found.layers) < 2.5

@@ -15,7 +15,7 @@ from factorpack.nn.statistics import call_model
 
 PREDICTIONS = 100
 """Batches of the calibration are taken until there are so many rows of output."""
-PASSES = 160
+PASSES = 100
 """And until all weights together, one at a time, take so many forwards of a batch."""
 
 
