@@ -15,7 +15,7 @@ import factorpack
 from factorpack.cli import app, human, parse_size
 from factorpack.errors import UnsupportedError
 
-COMMANDS = ("compress", "finetune", "curve", "evaluate", "inspect", "verify", "decompress")
+COMMANDS = ("compress", "finetune", "curve", "evaluate", "inspect", "report", "verify", "decompress")
 
 
 def run(*arguments: object):
@@ -255,6 +255,40 @@ def test_what_needs_scores_says_so_at_once(digits_task, tmp_path):
     (tmp_path / "taken").write_text("")
     made = run("compress", digits_task.path, "--size", "8KB", "--cache", tmp_path / "taken", "--out", out)
     assert_one_line(made, "cannot make the folder")
+
+
+def test_a_report_is_a_page_and_numbers(digits_task, digits_file, tmp_path):
+    out = tmp_path / "report.html"
+    found = answer("report", digits_file, "--task", digits_task.path, "--out", out)
+    assert found["page"] == str(out)
+    assert sum(found["parts"].values()) == found["size_bytes"] == digits_file.stat().st_size
+    assert found["comparison"]["original"] == pytest.approx(digits_task.scores, rel=1e-5)
+    assert all(layer["measured_loss"]["mean"] > 0 for layer in found["layers"])
+    assert f"--task {digits_task.path}" in found["provenance"]["commands"]["This page"]
+    page = out.read_text(encoding="utf-8")
+    assert page.startswith("<!DOCTYPE html>")
+    assert "accuracy" in page
+
+    alone = answer("report", digits_file, "--out", out)
+    assert alone["comparison"] is None
+    assert "accuracy" not in out.read_text(encoding="utf-8")
+
+
+def test_a_report_of_what_does_not_belong_is_one_line(digits_task, digits_file, tmp_path):
+    out, plan = tmp_path / "report.html", tmp_path / "plan.json"
+    other = write(tmp_path, "import torch\ndef model():\n    return torch.nn.Linear(3, 4)\n")
+    assert_one_line(run("report", digits_file, "--task", other, "--out", out), "the file is for another model")
+    plan.write_text('{"rate": 1.0, "seed": 0, "size_bytes": 9, "behind_prefix": true, "rank_by": "rate", "layers": {}}')
+    assert_one_line(run("report", digits_file, "--plan", plan, "--out", out), "the plan is of another file")
+    assert_one_line(run("report", digits_file, "--task", "no.py", "--out", out), "no task file no.py")
+    assert not out.exists()
+    text = "from digits_task import *\nfrom digits_task import Network\ndef model():\n    return Network().eval()\n"
+    text += "del calibration, evaluate\n"
+    untrained = Path(digits_task.path).with_name("untrained.py")
+    untrained.write_text(text)
+    found = run("report", digits_file, "--task", untrained, "--out", out)
+    assert found.exit_code == 0, found.stderr
+    assert "was it made from these?" in found.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -29,10 +29,11 @@ ALLOWED = {
 }
 """By the first name below the package; what is missing here is composition."""
 COMPOSITION = {
-    "search": {"cli", "curve", "cache", "pipeline", "training"},
-    "pipeline": {"cli", "curve", "cache", "training"},
-    "cache": {"cli", "curve", "training"},
-    "curve": {"cli"},
+    "search": {"cli", "curve", "cache", "pipeline", "reporting", "training"},
+    "pipeline": {"cli", "curve", "cache", "reporting", "training"},
+    "cache": {"cli", "curve", "reporting", "training"},
+    "curve": {"cli", "reporting"},
+    "reporting": {"cli"},
     "trained": {"training"},
     "training_options": {"cli", "training"},
     "training": {"cli"},

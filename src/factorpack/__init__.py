@@ -13,9 +13,11 @@ from factorpack.errors import (
 )
 
 if TYPE_CHECKING:
+    from factorpack.evaluate.report import FileReport
     from factorpack.nn.loading import kept_dense, resident_bytes
     from factorpack.nn.trainable import TrainableModel
     from factorpack.pipeline import PackedModel, PackedTensors, Report, compress, load, load_state_dict, open_file
+    from factorpack.reporting import report
     from factorpack.search import Options
     from factorpack.trained import save, trainable
     from factorpack.training import finetune
@@ -25,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BudgetError",
     "FactorpackError",
+    "FileReport",
     "FormatError",
     "Lessons",
     "MismatchError",
@@ -43,12 +46,14 @@ __all__ = [
     "load",
     "load_state_dict",
     "open_file",
+    "report",
     "resident_bytes",
     "save",
     "trainable",
 ]
 
 _HOMES = {
+    "FileReport": "factorpack.evaluate.report",
     "Lessons": "factorpack.training_options",
     "Options": "factorpack.search",
     "PackedModel": "factorpack.pipeline",
@@ -63,6 +68,7 @@ _HOMES = {
     "load": "factorpack.pipeline",
     "load_state_dict": "factorpack.pipeline",
     "open_file": "factorpack.pipeline",
+    "report": "factorpack.reporting",
     "resident_bytes": "factorpack.nn.loading",
     "save": "factorpack.trained",
     "trainable": "factorpack.trained",

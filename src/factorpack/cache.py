@@ -69,6 +69,16 @@ def _feed(digest: Any, value: object) -> None:
         )
 
 
+def fingerprint(value: object) -> str:
+    """SHA-256, in hex, of tensors, numbers and strings in tuples, lists or dicts, their types and shapes with them.
+
+    Raises UnsupportedError for anything else.
+    """
+    digest = sha256()
+    _feed(digest, value)
+    return digest.hexdigest()
+
+
 def key_of(source: Source, options: Options) -> str:
     """SHA-256, in hex, of all that an analysis depends on, but for code; see the head of this module.
 

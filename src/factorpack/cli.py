@@ -521,6 +521,37 @@ def inspect(file: FileArgument, as_json: Json = False) -> None:
     _result({"size_bytes": bill.size_bytes, "parts": bill.parts, "weights": weights, "shared": bill.shared}, as_json)
 
 
+@app.command(epilog="Example: factorpack report model.fpk --task task.py --out report.html")
+@command
+def report(
+    file: FileArgument,
+    out: Annotated[Path, typer.Option(metavar="REPORT.html", help="The page to write; it needs nothing beside it.")],
+    task: Annotated[
+        str, typer.Option(metavar="TASK", help="What the file was made from: then the page tells what that lost.")
+    ] = "",
+    plan: Annotated[
+        Path | None, typer.Option(metavar="PLAN.json", help="What compress --save-plan wrote: seed and command.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a page on a file: bytes, codes and, beside the original, losses of each layer and scores."""
+    from factorpack.container import write
+    from factorpack.reporting import Subject, measured, original_of
+
+    _check_folder(out, "--out")
+    decided = _read_plan(plan) if plan else None
+    with _bars() as progress:
+        found = measured(Subject(file, original_of(task) if task else None, decided, plan, out), progress)
+    write(out, found.to_html().encode())
+    screen.print(f"{out}: {len(found.layers)} layers, {found.size_bytes:,} bytes", highlight=False, soft_wrap=True)
+    if found.comparison is not None and found.comparison.scores:
+        original, scores = dict(found.comparison.original), dict(found.comparison.scores)
+        screen.print(f"{_scores(scores)}; original {_scores(original)}", highlight=False, soft_wrap=True)
+    if found.comparison is not None and found.comparison.unlike:
+        _note(f"zeros would be nearer to the weights of {task} than the file's are: was it made from these?")
+    _result({"page": str(out)} | found.to_dict(), as_json)
+
+
 @app.command(epilog="Example: factorpack verify model.fpk")
 @command
 def verify(file: FileArgument, as_json: Json = False) -> None:

@@ -191,7 +191,7 @@ def _check_patterns(names: Iterable[str], exclude: Sequence[str]) -> None:
             raise MismatchError(f"--exclude {pattern!r} fits no tensor; names look like {next(iter(names), '')!r}")
 
 
-def _gridded(tensor: Tensor) -> bool:
+def gridded(tensor: Tensor) -> bool:
     """Whether a grid holds the values: as float32 they and their squares are finite, and not all but lost.
 
     Beyond half of the dtype's range a rounded value could lie outside it.
@@ -245,7 +245,7 @@ def read_state(
         if owner != name:
             aliases[name] = owner
             continue
-        if identity(tensor) in spared or not _gridded(tensor):
+        if identity(tensor) in spared or not gridded(tensor):
             exact[name] = _array(tensor)
         elif _large(tensor.shape) and name in parameters:
             pending[name] = tensor
@@ -290,7 +290,7 @@ def read_stored(tensors: StoredTensors, exclude: Sequence[str] = ()) -> State:
     for name, tensor in tensors.items():
         check_values({name: tensor})
         dtypes[name] = str(tensor.dtype).removeprefix("torch.")
-        if any(fnmatchcase(name, pattern) for pattern in exclude) or not _gridded(tensor):
+        if any(fnmatchcase(name, pattern) for pattern in exclude) or not gridded(tensor):
             exact[name] = _array(tensor)
         elif _large(tensor.shape):
             shapes[name] = tuple(tensor.shape)
