@@ -45,9 +45,9 @@ def test_a_run_goes_on_where_it_was(bench):
     lines = []
     run_all([made], [FIRST], lines.append, nobody)
     assert measured == ["first:1"]
-    assert lines[0] == "1 of 1 points are to be measured"
-    assert "90 bytes, score 1" in lines[1]
-    assert "to go" in lines[1]
+    assert lines[1] == "1 of 1 points are to be measured"
+    assert "90 bytes, score 1" in lines[2]
+    assert "to go" in lines[2]
     drawn = []
     (found,) = run_all([made], [FIRST, SECOND], nobody, drawn.append)
     assert drawn == [found]
@@ -93,7 +93,7 @@ def test_a_peer_that_fails_is_told_and_tried_again(tmp_path, monkeypatch):
     lines = []
     (found,) = run_all([made], [FIRST], lines.append, nobody)
     assert "has no function" in found.points[0].error
-    assert "failed: " in lines[1]
+    assert "failed: " in lines[-1]
     assert found.good == []
     assert not made.known(found, FIRST)
 

@@ -131,7 +131,10 @@ def run_all(
     `tell` is told a line about each: what it gave, and how long the others may take, going by those of the same peer.
     `draw` is given the results of a task when they are complete.
     """
-    found = [bench.results() for bench in benches]
+    found = []
+    for bench in benches:
+        tell(f"{bench.name}: scoring the original, where that is not known")
+        found.append(bench.results())
     todo = [(place, run) for place, bench in enumerate(benches) for run in runs if not bench.known(found[place], run)]
     tell(f"{len(todo)} of {len(benches) * len(runs)} points are to be measured")
     spent: dict[tuple[int, str], list[float]] = {}
