@@ -45,7 +45,7 @@ def test_a_run_goes_on_where_it_was(bench):
     lines = []
     run_all([made], [FIRST], lines.append, nobody)
     assert measured == ["first:1"]
-    assert lines[1] == "1 of 1 points are to be measured"
+    assert lines[:2] == ["1 of 1 points are to be measured", "task: scoring the original"]
     assert "90 bytes, score 1" in lines[2]
     assert "to go" in lines[2]
     drawn = []
@@ -89,13 +89,13 @@ def test_a_peer_that_fails_is_told_and_tried_again(tmp_path, monkeypatch):
     task = tmp_path / "task.py"
     task.write_text("")
     made = Bench(str(task), tmp_path / "out", tmp_path / "work")
-    monkeypatch.setattr(Bench, "results", lambda self: Results("task", Original(self.task_key, 9, {"score": 1.0})))
+    monkeypatch.setattr(Bench, "scored", lambda self: Results("task", Original(self.task_key, 9, {"score": 1.0})))
     lines = []
     (found,) = run_all([made], [FIRST], lines.append, nobody)
     assert "has no function" in found.points[0].error
     assert "failed: " in lines[-1]
     assert found.good == []
-    assert not made.known(found, FIRST)
+    assert not made.known(FIRST)
 
 
 def test_a_peer_that_cannot_be_installed_says_what_pip_said(tmp_path, monkeypatch):

@@ -70,12 +70,14 @@ class Bench:
             raise TaskError(f"no task file {self.spec}: a bench needs a .py file")
         return sha256(path.read_bytes()).hexdigest()[:16]
 
-    def results(self) -> Results:
-        """What is known already; the original is scored where it is not."""
+    def held(self) -> Results | None:
+        """What is known of this task already; None where it changed, or there is nothing."""
         path = self.out / f"{self.name}.json"
-        held = read_results(path) if path.exists() else None
-        if held is not None and held.original.key == self.task_key:
-            return held
+        found = read_results(path) if path.exists() else None
+        return found if found is not None and found.original.key == self.task_key else None
+
+    def scored(self) -> Results:
+        """Results without points: the original alone."""
         try:
             found = json.loads(_process([sys.executable, "-m", "factorpack.bench.protocol", "original", self.spec]))
         except UnsupportedError as error:
@@ -90,9 +92,10 @@ class Bench:
         script = Path(__file__).parent / "peers" / f"{run.peer.script}.py"
         return key_of(self.task_key, run.name, self.versions(run), sha256(script.read_bytes()).hexdigest())
 
-    def known(self, results: Results, run: Run) -> bool:
+    def known(self, run: Run) -> bool:
         """Whether there is such a point, of the same versions; one that failed is tried again."""
-        return self.key(run) in {point.key for point in results.good}
+        held = self.held()
+        return held is not None and self.key(run) in {point.key for point in held.good}
 
     def command(self, run: Run) -> str:
         """How one makes this point again."""
@@ -131,27 +134,29 @@ def run_all(
     `tell` is told a line about each: what it gave, and how long the others may take, going by those of the same peer.
     `draw` is given the results of a task when they are complete.
     """
-    found = []
-    for bench in benches:
-        tell(f"{bench.name}: scoring the original, where that is not known")
-        found.append(bench.results())
-    todo = [(place, run) for place, bench in enumerate(benches) for run in runs if not bench.known(found[place], run)]
+    todo = [(place, run) for place, bench in enumerate(benches) for run in runs if not bench.known(run)]
     tell(f"{len(todo)} of {len(benches) * len(runs)} points are to be measured")
     spent: dict[tuple[int, str], list[float]] = {}
+    found = []
     done = 0
     for place, bench in enumerate(benches):
+        results = bench.held()
+        if results is None:
+            tell(f"{bench.name}: scoring the original")
+            results = bench.scored()
+            results.save(bench.out)
         for run in [run for where, run in todo if where == place]:
             start = time.perf_counter()
             point = bench.measure(run)
-            found[place] = found[place].with_point(point)
-            found[place].save(bench.out)
+            results = results.with_point(point)
+            results.save(bench.out)
             done += 1
             seconds = time.perf_counter() - start
             spent.setdefault((place, run.peer.name), []).append(seconds)
-            tell(f"[{done}/{len(todo)}] {bench.name} {run.name}: {_told(point, found[place])}; {_time(seconds)}, "
+            tell(f"[{done}/{len(todo)}] {bench.name} {run.name}: {_told(point, results)}; {_time(seconds)}, "
                  f"about {_time(_to_go(todo[done:], spent))} to go")  # fmt: skip
-        found[place].save(bench.out)
-        draw(found[place])
+        draw(results)
+        found.append(results)
     return found
 
 
