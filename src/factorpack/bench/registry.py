@@ -32,11 +32,11 @@ PEERS = {
     for peer in (
         Peer("factorpack", "Factorpack", "times smaller", RATIOS, "factorpack", calibrated=True, prefix="auto/"),
         Peer(
-            "nncodec", "NNCodec 2.1.3", "qp", ("-36", "-32", "-28", "-24", "-20", "-16"), "nncodec",
+            "nncodec", "NNCodec 2.1.3", "qp", ("-44", "-40", "-36", "-32", "-28", "-24", "-20"), "nncodec",
             ("nncodec==2.1.3",),
         ),
         Peer(
-            "uniform", "uniform rounding + range coder", "step in deviations", ("0.1", "0.17", "0.3", "0.5", "0.8"),
+            "uniform", "uniform rounding + range coder", "step in deviations", ("0.03", "0.06", "0.1", "0.17", "0.3", "0.5"),
             "uniform", ("constriction==0.5.0",),
         ),
         Peer(
