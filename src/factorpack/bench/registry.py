@@ -36,8 +36,8 @@ PEERS = {
             ("nncodec==2.1.3",),
         ),
         Peer(
-            "uniform", "uniform rounding + range coder", "step in deviations", ("0.03", "0.06", "0.1", "0.17", "0.3", "0.5"),
-            "uniform", ("constriction==0.5.0",),
+            "uniform", "uniform rounding + range coder", "step in deviations",
+            ("0.03", "0.06", "0.1", "0.17", "0.3", "0.5"), "uniform", ("constriction==0.5.0",),
         ),
         Peer(
             "palette", "k-means palettes", "bits", ("6", "4", "3", "2"), "palette",
