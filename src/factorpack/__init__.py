@@ -11,8 +11,10 @@ from factorpack.errors import (
     TaskError,
     UnsupportedError,
 )
+from factorpack.hf.hook import watch
 
 if TYPE_CHECKING:
+    from factorpack.hf.loading import from_pretrained, sentence_transformer
     from factorpack.nn.loading import kept_dense, resident_bytes
     from factorpack.nn.trainable import TrainableModel
     from factorpack.pipeline import PackedModel, PackedTensors, Report, compress, load, load_state_dict, open_file
@@ -39,12 +41,14 @@ __all__ = [
     "UnsupportedError",
     "compress",
     "finetune",
+    "from_pretrained",
     "kept_dense",
     "load",
     "load_state_dict",
     "open_file",
     "resident_bytes",
     "save",
+    "sentence_transformer",
     "trainable",
 ]
 
@@ -59,14 +63,18 @@ _HOMES = {
     "TrainingReport": "factorpack.training_options",
     "compress": "factorpack.pipeline",
     "finetune": "factorpack.training",
+    "from_pretrained": "factorpack.hf.loading",
     "kept_dense": "factorpack.nn.loading",
     "load": "factorpack.pipeline",
     "load_state_dict": "factorpack.pipeline",
     "open_file": "factorpack.pipeline",
     "resident_bytes": "factorpack.nn.loading",
     "save": "factorpack.trained",
+    "sentence_transformer": "factorpack.hf.loading",
     "trainable": "factorpack.trained",
 }
+
+watch()
 
 
 def __getattr__(name: str) -> object:
