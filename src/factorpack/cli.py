@@ -199,7 +199,7 @@ def _check_folder(path: Path | None, option: str) -> None:
 
 
 @app.command(
-    epilog="Examples: factorpack compress task.py --size 60KB --out model.fpk; "
+    epilog="Example: factorpack compress task.py --size 60KB --out model.fpk, or "
     "factorpack compress my-encoder --calibrate sentences.txt --size 5MB --out small-encoder"
 )
 @command
