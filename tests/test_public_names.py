@@ -13,6 +13,7 @@ NAMES = ERRORS | {"FactorpackError", "Options", "PackedModel", "Report", "compre
 NAMES |= {"TrainableModel", "kept_dense", "resident_bytes", "save", "trainable"}
 NAMES |= {"PackedTensors", "open_file"}
 NAMES |= {"Lessons", "TrainingOptions", "TrainingReport", "finetune"}
+NAMES |= {"OnnxReport", "export_onnx"}
 
 
 def test_the_names_are_these_and_each_is_there():

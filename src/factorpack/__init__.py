@@ -13,6 +13,7 @@ from factorpack.errors import (
 )
 
 if TYPE_CHECKING:
+    from factorpack.export.onnx import OnnxReport, export_onnx
     from factorpack.nn.loading import kept_dense, resident_bytes
     from factorpack.nn.trainable import TrainableModel
     from factorpack.pipeline import PackedModel, PackedTensors, Report, compress, load, load_state_dict, open_file
@@ -28,6 +29,7 @@ __all__ = [
     "FormatError",
     "Lessons",
     "MismatchError",
+    "OnnxReport",
     "Options",
     "PackedModel",
     "PackedTensors",
@@ -38,6 +40,7 @@ __all__ = [
     "TrainingReport",
     "UnsupportedError",
     "compress",
+    "export_onnx",
     "finetune",
     "kept_dense",
     "load",
@@ -50,6 +53,7 @@ __all__ = [
 
 _HOMES = {
     "Lessons": "factorpack.training_options",
+    "OnnxReport": "factorpack.export.onnx",
     "Options": "factorpack.search",
     "PackedModel": "factorpack.pipeline",
     "PackedTensors": "factorpack.pipeline",
@@ -58,6 +62,7 @@ _HOMES = {
     "TrainingOptions": "factorpack.training_options",
     "TrainingReport": "factorpack.training_options",
     "compress": "factorpack.pipeline",
+    "export_onnx": "factorpack.export.onnx",
     "finetune": "factorpack.training",
     "kept_dense": "factorpack.nn.loading",
     "load": "factorpack.pipeline",
