@@ -64,6 +64,7 @@ def test_a_network_of_convolutions(mode, digits_network, digits_file, tmp_path):
     assert report.dense == ()
     assert report.largest_difference < 1e-5
 
+    assert [entry.shape for entry in session(out).get_inputs()] == [["batch", 1, 8, 8]]
     model = onnx.load(out)
     assert {(entry.domain, entry.version) for entry in model.opset_import} == {("", 21)}
     assert not {node.op_type for node in model.graph.node} & {"BatchNormalization"}
@@ -97,8 +98,9 @@ def test_a_network_with_a_tied_table(mode, reader_file, tmp_path):
     assert report.dense == ()
 
     found = session(out)
-    assert [entry.name for entry in found.get_inputs()] == ["tokens", "mask"]
-    assert [entry.name for entry in found.get_outputs()] == ["logits", "pooled"]
+    assert {entry.name: entry.shape for entry in found.get_inputs()} == {key: ["batch", "sequence"] for key in batch}
+    outputs = {entry.name: entry.shape for entry in found.get_outputs()}
+    assert outputs == {"logits": ["batch", "sequence", 300], "pooled": ["batch", 32]}
     for shape in ((1, 7), (9, 12)):
         batch = {"tokens": torch.randint(0, 300, shape), "mask": torch.ones(shape)}
         expected = network(**batch)

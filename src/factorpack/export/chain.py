@@ -37,7 +37,8 @@ class Chain:
 
     With `stream` integers become floats by DequantizeLinear, which onnxruntime leaves alone when it folds constants,
     else by Cast. Then they also wait for the value `after`: what depends on no input is made early otherwise, and all
-    weights are in memory together. `prefix` begins all names.
+    weights are in memory together. All names begin with `prefix`, and
+    hold signs that those of parameters do not.
     """
 
     prefix: str
@@ -49,7 +50,7 @@ class Chain:
     def op(self, kind: str, *inputs: onnx_ir.Value, **attributes: int | str | Sequence[int]) -> onnx_ir.Value:
         """The output of a new node."""
         node = onnx_ir.node(kind, inputs, attributes=attributes)
-        node.outputs[0].name = f"{self.prefix}.{len(self.nodes)}"
+        node.outputs[0].name = f"{self.prefix}/{len(self.nodes)}"
         self.nodes.append(node)
         return node.outputs[0]
 

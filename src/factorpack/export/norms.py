@@ -22,7 +22,7 @@ def fold_batch_norms(graph: onnx_ir.Graph) -> None:
         slopes = _constant(graph, f"n{place}:0", slope.reshape(-1, *[1] * (len(weight.shape) - 1)), weight)
         bias = _constant(graph, f"n{place}:1", shift + (sum(biases) - mean) * slope, weight)
         scaled = onnx_ir.node("Mul", [weight, slopes])
-        scaled.outputs[0].name = f"n{place}.0"
+        scaled.outputs[0].name = f"n{place}/0"
         inputs = [convolution.inputs[0], scaled.outputs[0], bias]
         folded = onnx_ir.Node("", "Conv", inputs, attributes=convolution.attributes.values())
         graph.insert_before(convolution, [scaled, folded])

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,7 +41,10 @@ class Call:
 
     @classmethod
     def of(cls, model: nn.Module, batch: object) -> "Call":
-        """The call that a Batch means: a tensor, a tuple (positional) or a dict (keyword arguments)."""
+        """The call that a Batch means: a tensor, a tuple (positional) or a dict (keyword arguments).
+
+        A single sample is taken twice.
+        """
         keywords = isinstance(batch, dict)
         if isinstance(batch, dict):
             inputs = {str(name): part for name, part in batch.items()}
@@ -53,11 +57,14 @@ class Call:
                 f"an ONNX graph takes tensors alone, and {wrong[0] if wrong else 'the batch'} is none: leave it out of "
                 "the first batch of calibration()"
             )
+        if all(part.ndim and len(part) == 1 for part in inputs.values()):
+            # Sizes of one are taken for constants.
+            inputs = {name: torch.cat([part, part]) for name, part in inputs.items()}
         return cls(inputs, keywords)
 
-    def cut(self, samples: int) -> "Call":
-        """The first so many samples of it."""
-        return Call({name: part[:samples] for name, part in self.inputs.items()}, self.keywords)
+    def first(self) -> "Call":
+        """Its first sample alone."""
+        return Call({name: part[:1] for name, part in self.inputs.items()}, self.keywords)
 
     def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
         """What the model gives out for `tensors` in place of the inputs."""
@@ -114,11 +121,8 @@ def trace(model: nn.Module, call: Call) -> onnx_ir.Model:
     """
     positional = Positional(model, call).eval()
     tensors = tuple(call.inputs.values())
-    if all(tensor.ndim and len(tensor) == 1 for tensor in tensors):
-        # Sizes of one are taken for constants.
-        tensors = tuple(torch.cat([tensor, tensor]) for tensor in tensors)
-    # Of more axes few networks mean it, and a graph that allows for it is larger.
-    free = tuple(dict.fromkeys(range(min(tensor.ndim, 2)), Dim.AUTO) for tensor in tensors)
+    # Few networks have more, and graphs that allow for it are larger. Sizes of one are taken for constants.
+    free = tuple({axis: Dim.AUTO for axis in range(min(part.ndim, 2)) if part.shape[axis] > 1} for part in tensors)
     with torch.no_grad(), _quiet():
         found = call.run(model, tensors)
         outputs = output_names(found, len(positional(*tensors)))
@@ -133,11 +137,26 @@ def trace(model: nn.Module, call: Call) -> onnx_ir.Model:
                 f"torch cannot export this network to ONNX: {cause[0] if cause else type(error).__name__}"
             ) from error
         assert program is not None
-        graph = program.model
+        assert program.exported_program is not None
+        graph, ranges = program.model, program.exported_program.range_constraints
+        _name_axes(graph, {str(symbol): int(r.lower) for symbol, r in ranges.items() if r.lower == r.upper})
         _rename(graph)
         _tidy(graph)
         fold_batch_norms(graph.graph)
     return graph
+
+
+def _name_axes(model: onnx_ir.Model, fixed: Mapping[str, int]) -> None:
+    """Gives axes that turned out to be fixed their sizes, and the free ones names that people know."""
+    names = {symbol: str(size) for symbol, size in fixed.items()}
+    for axis, name in enumerate(("batch", "sequence")):
+        symbols = [str(value.shape[axis]) for value in model.graph.inputs if value.shape and len(value.shape) > axis]
+        free = [symbol for symbol in symbols if not symbol.isdigit() and symbol not in names]
+        names |= {symbol: name + (str(place) if place else "") for place, symbol in enumerate(dict.fromkeys(free))}
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None:
+            sizes = [re.sub(r"\w+", lambda found: names.get(found[0], found[0]), str(size)) for size in value.shape]
+            value.shape = onnx_ir.Shape([int(size) if size.isdigit() else size for size in sizes])
 
 
 def _rename(model: onnx_ir.Model) -> None:
