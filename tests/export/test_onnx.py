@@ -155,6 +155,18 @@ def test_an_encoder_of_texts_streams_without_its_table(tmp_path):
     assert {makers.get(name) for name in scales} <= {"Pow", None}
 
 
+def test_half_precision_stays_half(tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).half().eval()
+    file, out = tmp_path / "half.fpk", tmp_path / "half.onnx"
+    factorpack.compress(network, 5000).save(file)
+    batch = torch.rand(4, 64).half()
+    report = factorpack.export_onnx(file, network, batch, out)
+    assert report.largest_difference < 10 * torch.finfo(torch.float16).eps
+    found = session(out).run(None, {"input": batch.numpy()})[0]
+    assert found.dtype == np.float16
+
+
 def test_a_graph_that_computes_something_else_is_not_written(monkeypatch, digits_network, digits_file, tmp_path):
     def wrong(chain, weight):
         return chain.op("Abs", recombined(chain, weight))
