@@ -121,6 +121,38 @@ def test_a_ratio_is_one_of_the_original_tensors(digits_task, tmp_path):
     assert set(found["forms"]) == {"direct"}
 
 
+def test_a_file_is_exported_for_onnxruntime(digits_task, digits_file, tmp_path):
+    import onnxruntime
+
+    from factorpack.task import load_task
+
+    out = tmp_path / "digits.onnx"
+    exported = answer("export", "onnx", digits_task.path, digits_file, "--out", out, "--mode", "stream")
+    assert exported.keys() == {"file", "mode", "size_bytes", "dense", "largest_difference"}
+    assert exported["size_bytes"] == out.stat().st_size
+    assert exported["dense"] == []
+    session = onnxruntime.InferenceSession(out)
+    task = load_task(str(digits_task.path))
+
+    class Exported(torch.nn.Module):
+        def forward(self, images):
+            return torch.from_numpy(session.run(None, {"x": images.numpy()})[0])
+
+    found = task.evaluate(Exported())
+    assert found == pytest.approx(answer("evaluate", digits_task.path, digits_file)["scores"], abs=1e-4)
+
+
+def test_an_export_that_cannot_be_says_so(digits_task, digits_file, tmp_path):
+    out = tmp_path / "digits.onnx"
+    export = ("export", "onnx", digits_task.path, digits_file, "--out")
+    assert_one_line(run(*export, tmp_path / "none" / "digits.onnx"), "the folder", "does not exist")
+    assert_one_line(run(*export, out, "--mode", "both"), "'both' is no mode of export: choose fold or stream")
+    assert_one_line(run("export", "onnx", digits_task.weights, digits_file, "--out", out), "holds weights alone")
+    empty = write(tmp_path, "def model(): ...\ndef calibration(): return []\n")
+    assert_one_line(run("export", "onnx", empty, digits_file, "--out", out), "holds no batch to call the network with")
+    assert not out.exists()
+
+
 def test_bare_weights_are_compressed_without_data(digits_task, digits_network, tmp_path):
     found = answer("compress", digits_task.weights, "--size", "11.6KB", "--out", tmp_path / "bare.fpk")
     assert found["size_bytes"] <= 11_600
@@ -291,9 +323,9 @@ def test_a_report_of_what_does_not_belong_is_one_line(digits_task, digits_file, 
     assert "was it made from these?" in found.stderr
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "export onnx"])
 def test_help_shows_an_example(command):
-    found = run(command, "--help")
+    found = run(*command.split(), "--help")
     assert found.exit_code == 0
     assert f"Example: factorpack {command}" in found.stdout
 

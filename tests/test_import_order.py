@@ -25,6 +25,7 @@ ALLOWED = {
     "runtime": FREE | {"runtime", "factors", "tiling"},
     "nn": FREE | {"nn", "runtime", "solve", "factors", "tiling"},
     "evaluate": FREE | {"evaluate", "container", "nn", "solve", "factors", "tiling"},
+    "export": FREE | {"export", "container", "nn", "factors", "tiling"},
     "task": FREE,
     "bars": set(),
 }

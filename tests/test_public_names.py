@@ -15,6 +15,7 @@ NAMES |= {"PackedTensors", "open_file"}
 NAMES |= {"from_pretrained", "sentence_transformer"}
 NAMES |= {"Lessons", "TrainingOptions", "TrainingReport", "finetune"}
 NAMES |= {"FileReport", "report"}
+NAMES |= {"OnnxReport", "export_onnx"}
 
 
 def test_the_names_are_these_and_each_is_there():

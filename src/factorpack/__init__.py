@@ -15,6 +15,7 @@ from factorpack.hf.hook import watch
 
 if TYPE_CHECKING:
     from factorpack.evaluate.report import FileReport
+    from factorpack.export.onnx import OnnxReport, export_onnx
     from factorpack.hf.loading import from_pretrained, sentence_transformer
     from factorpack.nn.loading import kept_dense, resident_bytes
     from factorpack.nn.trainable import TrainableModel
@@ -33,6 +34,7 @@ __all__ = [
     "FormatError",
     "Lessons",
     "MismatchError",
+    "OnnxReport",
     "Options",
     "PackedModel",
     "PackedTensors",
@@ -43,6 +45,7 @@ __all__ = [
     "TrainingReport",
     "UnsupportedError",
     "compress",
+    "export_onnx",
     "finetune",
     "from_pretrained",
     "kept_dense",
@@ -59,6 +62,7 @@ __all__ = [
 _HOMES = {
     "FileReport": "factorpack.evaluate.report",
     "Lessons": "factorpack.training_options",
+    "OnnxReport": "factorpack.export.onnx",
     "Options": "factorpack.search",
     "PackedModel": "factorpack.pipeline",
     "PackedTensors": "factorpack.pipeline",
@@ -67,6 +71,7 @@ _HOMES = {
     "TrainingOptions": "factorpack.training_options",
     "TrainingReport": "factorpack.training_options",
     "compress": "factorpack.pipeline",
+    "export_onnx": "factorpack.export.onnx",
     "finetune": "factorpack.training",
     "from_pretrained": "factorpack.hf.loading",
     "kept_dense": "factorpack.nn.loading",

@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from factorpack.bars import bars
-from factorpack.errors import FactorpackError, UnsupportedError
+from factorpack.errors import FactorpackError, TaskError, UnsupportedError
 
 if TYPE_CHECKING:
     from factorpack.bench.results import Results
@@ -39,6 +39,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+exports = typer.Typer(help="Write a compressed network as a file of another format.", no_args_is_help=True)
+app.add_typer(exports, name="export")
 notes = Console(stderr=True)
 screen = Console(markup=False)
 
@@ -665,6 +667,46 @@ def decompress(
     write(out, data)
     screen.print(f"{out}: {len(dense)} tensors, {human(out.stat().st_size)}", highlight=False)
     _result({"file": str(out), "tensors": len(dense), "size_bytes": out.stat().st_size}, as_json)
+
+
+@exports.command("onnx", epilog="Example: factorpack export onnx task.py model.fpk --out model.onnx")
+@command
+def export_onnx(
+    task: TaskArgument,
+    file: FileArgument,
+    out: Annotated[Path, typer.Option(metavar="FILE.onnx", help="The file to write.")],
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="fold: the runtime recombines the weights once, when it loads the file; dense speed. stream: at every "
+            "run, each weight when it is needed; little memory."
+        ),
+    ] = "fold",
+    as_json: Json = False,
+) -> None:
+    """Write a compressed network as an ONNX file of standard operators that stays small.
+
+    The graph takes what the first batch of calibration() holds, with as many samples as you like.
+    """
+    from factorpack.export.onnx import export_onnx as export
+    from factorpack.task import load_task
+
+    _check_folder(out, "--out")
+    loaded = load_task(task)
+    batches = loaded.calibration()
+    if not batches:
+        raise TaskError(f"{loaded.name}: calibration() holds no batch to call the network with")
+    with _waiting("exporting, and comparing with onnxruntime"):
+        report = export(file, loaded.model(), batches[0], out, mode)
+    for name in report.dense:
+        _note(f"the graph has no tensor {name}: what torch made of it there is stored as plain numbers")
+    if report.largest_difference is None:
+        _note("onnxruntime is not installed: the graph was checked, but not run")
+    else:
+        screen.print(f"outputs in onnxruntime are torch's to {report.largest_difference:.1g}", highlight=False)
+    size, packed = report.size_bytes, file.stat().st_size
+    screen.print(f"{out}: {size:,} bytes, {size / packed:.1f} times {file}", highlight=False, soft_wrap=True)
+    _result({"file": str(out), "mode": mode} | asdict(report), as_json)
 
 
 def main() -> None:
