@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: demo test soak fuzz coverage lint clean
+.PHONY: demo test docs soak fuzz coverage lint clean
 
 $(VENV)/.ready: requirements/test.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,16 @@ lint: $(VENV)/.ready
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The site, in site/: a link or an anchor that leads nowhere is an error. Needs no network once its packages are there.
+DOCS := .venv-docs
+$(DOCS)/.ready: requirements/docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/docs.txt
+	touch $@
+
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
 
 # What takes long: kills by the hundred, files of gigabytes and the memory and milliseconds that they may take.
 soak: $(VENV)/.ready
@@ -44,4 +54,4 @@ coverage: $(VENV)/.fuzz
 	$(BIN)/python bench/branches.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(DOCS) site .mypy_cache .pytest_cache .ruff_cache build dist

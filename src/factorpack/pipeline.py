@@ -182,8 +182,9 @@ def compress(
     better, or a dict of them; it is asked about the model loaded back from the file. `output` says what the model
     returns, "logits" or "embedding". Raises BudgetError, naming the smallest size, where `size` cannot be met.
 
-    >>> packed = factorpack.compress(model, size=5_500_000, calibration=batches)
-    >>> packed.save("model.fpk")
+    Examples:
+        >>> packed = factorpack.compress(model, size=5_500_000, calibration=batches)
+        >>> packed.save("model.fpk")
     """
     chosen = options or Options()
     checked_output(output, "compress")
@@ -245,7 +246,8 @@ class PackedTensors(Shaped[Tensor]):
 def open_file(path: str | Path, most_bytes: int | None = None) -> PackedTensors:
     """Opens a file to read single tensors of it, without reading the rest; `most_bytes` and errors as for `load`.
 
-    >>> tensors = factorpack.open_file("model.fpk")
-    >>> tensors["conv1.weight"].shape
+    Examples:
+        >>> tensors = factorpack.open_file("model.fpk")
+        >>> tensors["conv1.weight"].shape
     """
     return PackedTensors(File(Path(path), most_bytes))

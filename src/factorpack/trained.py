@@ -23,11 +23,12 @@ def trainable(model: nn.Module, path: str | Path) -> TrainableModel:
     `model` is of the same architecture; it becomes part of what is returned, and `save` writes that to a file again.
     Raises FormatError for a damaged file, MismatchError for a file of another model.
 
-    >>> compressed = factorpack.trainable(build_model(), "model.fpk")
-    >>> optimizer = torch.optim.AdamW(compressed.parameters(), lr=0.01, weight_decay=0)
-    >>> loss(compressed(inputs), targets).backward()
-    >>> optimizer.step()
-    >>> factorpack.save(compressed, "trained.fpk")
+    Examples:
+        >>> compressed = factorpack.trainable(build_model(), "model.fpk")
+        >>> optimizer = torch.optim.AdamW(compressed.parameters(), lr=0.01, weight_decay=0)
+        >>> loss(compressed(inputs), targets).backward()
+        >>> optimizer.step()
+        >>> factorpack.save(compressed, "trained.fpk")
     """
     contents, _ = read(Path(path))
     return trainable_of(model, contents)

@@ -72,9 +72,10 @@ def finetune(
     Raises BudgetError where no state fits the size, FormatError and MismatchError as `load`, TaskError for lessons
     that cannot be used, UnsupportedError where accelerate is missing.
 
-    >>> lessons = factorpack.Lessons(training=lambda epoch: batches_of(epoch))
-    >>> options = factorpack.TrainingOptions(minutes=30)
-    >>> report = factorpack.finetune(model, "model.fpk", "trained.fpk", lessons, options)
+    Examples:
+        >>> lessons = factorpack.Lessons(training=lambda epoch: batches_of(epoch))
+        >>> options = factorpack.TrainingOptions(minutes=30)
+        >>> report = factorpack.finetune(model, "model.fpk", "trained.fpk", lessons, options)
     """
     run = Run(model, Path(file), Path(out), lessons, options)
     run.train()
