@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: demo test docs soak fuzz coverage lint clean
+.PHONY: demo test docs soak fuzz coverage bench readme lint clean
 
 $(VENV)/.ready: requirements/test.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +52,17 @@ fuzz: $(VENV)/.fuzz
 # How many branches of the reader its tests take; fails where they are too few.
 coverage: $(VENV)/.fuzz
 	$(BIN)/python bench/branches.py
+
+TASKS ?= $(foreach name,resnet8_cifar10 stories260k resnet20_cifar10 resnet32_cifar10 squeezenet_imagenet minilm_sts,../shared/tasks/$(name).py)
+PEERS ?= all
+
+# Every peer on every task, up to three hours on two cores; what is measured already is not measured again.
+bench: $(VENV)/.ready
+	$(BIN)/factorpack bench $(TASKS) --peers $(PEERS) --out bench/results
+
+# The README's tables, from what 'make bench' measured.
+readme: $(VENV)/.ready
+	$(BIN)/python bench/readme.py
 
 clean:
 	rm -rf $(VENV) $(DOCS) site .mypy_cache .pytest_cache .ruff_cache build dist

@@ -15,7 +15,7 @@ import factorpack
 from factorpack.cli import app, human, parse_size
 from factorpack.errors import UnsupportedError
 
-COMMANDS = ("compress", "finetune", "curve", "evaluate", "inspect", "report", "verify", "decompress")
+COMMANDS = ("compress", "finetune", "curve", "bench", "evaluate", "inspect", "report", "verify", "decompress")
 
 
 def run(*arguments: object):

@@ -24,6 +24,7 @@ from rich.table import Table
 from factorpack.errors import FactorpackError, UnsupportedError
 
 if TYPE_CHECKING:
+    from factorpack.bench.results import Results
     from factorpack.container import Bill
     from factorpack.curve import Kept
     from factorpack.pipeline import Source
@@ -373,6 +374,46 @@ def curve(
     screen.print(table)
     screen.print(f"{out / 'curve.json'}, {out / 'curve.png'}", highlight=False, soft_wrap=True)
     _result(asdict(found), as_json)
+
+
+@app.command(epilog="Example: factorpack bench task.py --peers factorpack,nncodec,palette:4 --out results")
+@command
+def bench(
+    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Task files (.py) that can be scored.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder of TASK.json, TASK.png and TASK.html.")],
+    peers: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Names with commas between them; NAME:SETTING for one point alone, such as nncodec:-24.",
+        ),
+    ] = "all",
+    as_json: Json = False,
+) -> None:
+    """Measure Factorpack and its peers on the same networks, data and machine, and draw size against score.
+
+    Each peer has an environment of its own in .bench, which is made when it is first needed. What is measured already
+    is not measured again: a run that was stopped goes on where it was.
+    """
+    from factorpack.bench.page import page
+    from factorpack.bench.plots import plot
+    from factorpack.bench.registry import parse_peers
+    from factorpack.bench.runs import Bench, run_all
+    from factorpack.container import make_folder, write
+    from factorpack.curve import require_plots
+
+    require_plots()
+    runs = parse_peers(peers)
+    make_folder(out)
+    benches = [Bench(task, out) for task in tasks]
+
+    def draw(results: "Results") -> None:
+        write(out / f"{results.name}.png", plot(results))
+        write(out / f"{results.name}.html", page(results).encode())
+        screen.print(f"{out / results.name}.json, .png, .html", highlight=False, soft_wrap=True)
+
+    found = run_all(benches, runs, lambda line: notes.print(escape(line), highlight=False, soft_wrap=True), draw)
+    _result({"tasks": [asdict(results) for results in found]}, as_json)
 
 
 def _forms(bill: "Bill") -> dict[str, int]:

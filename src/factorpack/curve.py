@@ -158,11 +158,12 @@ def require_plots() -> None:
         raise UnsupportedError("a curve is drawn by matplotlib: pip install factorpack[curve]") from error
 
 
-def _human(size: float, _place: object = None) -> str:
+def human_size(size: float, _place: object = None) -> str:
+    """Bytes as an axis has them."""
     return f"{size / 1e6:g} MB" if size >= 1e6 else f"{size / 1e3:g} kB"
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks_between(low: float, high: float) -> list[float]:
     """Round sizes between two: 1, 2, 5 and their tens; over a short way, more of them."""
     for digits in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), tuple(np.arange(10, 100) / 10)):
         tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -189,8 +190,8 @@ def plot(curve: Curve) -> bytes:
     axes.axhline(original, color="0.45", linestyle="--", linewidth=1.2, label=f"original: {original:.4g}")
     axes.plot(sizes, [point.scores[name] for point in curve.points], "o-", color="black", label="compressed")
     axes.set_xlim(min(sizes) / 1.1, max(sizes) * 1.1)
-    axes.xaxis.set_major_locator(FixedLocator(_ticks(*axes.get_xlim())))
-    axes.xaxis.set_major_formatter(FuncFormatter(_human))
+    axes.xaxis.set_major_locator(FixedLocator(ticks_between(*axes.get_xlim())))
+    axes.xaxis.set_major_formatter(FuncFormatter(human_size))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(color="0.88")
     # Names may hold dollars, which matplotlib takes for mathematics.

@@ -1,0 +1,56 @@
+"""Factorpack itself, with its own forms; sizes of one form share an analysis, as those of `factorpack curve` do.
+
+A setting is FORM/RATIO, times smaller than the original tensors. What is said to be spent on a file is what making it
+alone takes: all of the analysis and the file itself. Form vq has no analysis.
+"""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+from torch import nn
+
+from factorpack.bench.protocol import Encoded, Subject, peak_bytes, serve
+from factorpack.cache import analyse
+from factorpack.container import write
+from factorpack.pipeline import Source, dense_bytes, load, one_thread, silent
+from factorpack.search import Options, pack
+
+
+def _untold(_text: str) -> None:
+    """Notes that nobody reads."""
+
+
+def encode(subject: Subject, setting: str, path: Path) -> Encoded:
+    form, ratio = setting.split("/")
+    options = Options(form)
+    source = Source(subject.model, subject.batches or None, subject.output)
+    if form == "vq":
+        with one_thread():
+            state = source.state(options)
+            write(path, pack(state, int(dense_bytes(state) / float(ratio)), options, silent).data)
+        return Encoded(state.layers)
+    folder = subject.work / form
+    spent = folder / "spent.json"
+    if folder.exists() and not spent.exists():
+        # Of an analysis that was stopped nobody knows what it took.
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    analysis = analyse(source, options, folder, silent, _untold)
+    if spent.exists():
+        earlier = json.loads(spent.read_text())
+    else:
+        write(spent, json.dumps({"seconds": time.perf_counter() - start, "peak_bytes": peak_bytes()}).encode())
+        earlier = {"seconds": 0.0, "peak_bytes": 0}
+    write(path, analysis.pack(int(dense_bytes(analysis.state) / float(ratio)), silent).data)
+    return Encoded(analysis.state.layers, **earlier)
+
+
+def decode(model: nn.Module, path: Path) -> nn.Module:
+    return load(path, model)
+
+
+if __name__ == "__main__":
+    serve(encode, decode)
