@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: demo test docs soak fuzz coverage bench readme lint clean
+.PHONY: demo test docs transformers4 soak fuzz coverage bench readme lint clean
 
 $(VENV)/.ready: requirements/test.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,17 @@ $(DOCS)/.ready: requirements/docs.txt
 
 docs: $(DOCS)/.ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
+$(VENV)4/.ready: requirements/transformers4.txt $(VENV)/.ready
+	$(PYTHON) -m venv $(VENV)4
+	$(VENV)4/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/transformers4.txt
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+		> `$(VENV)4/bin/python -c "import site; print(site.getsitepackages()[0])"`/others.pth
+	touch $@
+
+# The tests of Hugging Face's folders on the oldest transformers that is supported; 'make test' has the newest.
+transformers4: $(VENV)4/.ready
+	PYTHONPATH=src $(VENV)4/bin/python -m pytest tests/hf tests/test_examples.py
 
 # What takes long: kills by the hundred, files of gigabytes and the memory and milliseconds that they may take.
 soak: $(VENV)/.ready
@@ -65,4 +76,4 @@ readme: $(VENV)/.ready
 	$(BIN)/python bench/readme.py
 
 clean:
-	rm -rf $(VENV) $(DOCS) site .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(VENV)4 $(DOCS) site .mypy_cache .pytest_cache .ruff_cache build dist

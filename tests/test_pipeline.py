@@ -1,6 +1,7 @@
 """From a model to a file and back, on a network that was really trained."""
 
 import os
+import re
 import subprocess
 import sys
 from math import prod
@@ -339,3 +340,36 @@ def test_faults_of_the_caller_are_told_without_a_stack_of_torch():
         factorpack.compress(model, 4000, [torch.full((4, 12), torch.nan)])
     with pytest.raises(UnsupportedError, match="no values"):
         factorpack.compress(nn.Linear(12, 20, device="meta"), 4000)
+
+
+def test_notebooks_get_a_table(packed):
+    html = packed.report._repr_html_()
+    rows = dict(re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td></tr>", html))
+    assert rows["file"] == f"{packed.report.size_bytes:,} bytes, {packed.report.ratio:.1f} times smaller"
+    assert rows["accuracy"] == f"{packed.report.scores['accuracy']:.4g}"
+    largest = max(packed.report.bill.weights, key=lambda weight: weight.size_bytes)
+    first = list(rows)[1 + len(packed.report.scores)]
+    assert first == largest.name
+    assert rows[first].startswith(f"{largest.size_bytes:,} bytes, ")
+
+
+def test_names_of_strangers_are_no_html():
+    network = nn.Sequential()
+    network.add_module("<b>&", nn.Linear(12, 20))
+    html = factorpack.compress(network, 2000).report._repr_html_()
+    assert "&lt;b&gt;&amp;.weight" in html
+    assert "<b>" not in html
+
+
+def test_bars_are_shown_where_they_are_asked_for(capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    network = nn.Linear(12, 20)
+    batches = [torch.randn(4, 12, generator=torch.Generator().manual_seed(place)) for place in range(3)]
+    quiet = factorpack.compress(network, 2000, batches)
+    assert capfd.readouterr() == ("", "")
+    shown = factorpack.compress(network, size=2000, calibration=batches, progress=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "calibration" in err
+    assert "3/3" in err
+    assert shown.data == quiet.data

@@ -12,6 +12,7 @@ ERRORS = {"BudgetError", "FormatError", "MismatchError", "TaskError", "Unsupport
 NAMES = ERRORS | {"FactorpackError", "Options", "PackedModel", "Report", "compress", "load", "load_state_dict"}
 NAMES |= {"TrainableModel", "kept_dense", "resident_bytes", "save", "trainable"}
 NAMES |= {"PackedTensors", "open_file"}
+NAMES |= {"from_pretrained", "sentence_transformer"}
 NAMES |= {"Lessons", "TrainingOptions", "TrainingReport", "finetune"}
 NAMES |= {"FileReport", "report"}
 

@@ -11,9 +11,11 @@ from factorpack.errors import (
     TaskError,
     UnsupportedError,
 )
+from factorpack.hf.hook import watch
 
 if TYPE_CHECKING:
     from factorpack.evaluate.report import FileReport
+    from factorpack.hf.loading import from_pretrained, sentence_transformer
     from factorpack.nn.loading import kept_dense, resident_bytes
     from factorpack.nn.trainable import TrainableModel
     from factorpack.pipeline import PackedModel, PackedTensors, Report, compress, load, load_state_dict, open_file
@@ -42,6 +44,7 @@ __all__ = [
     "UnsupportedError",
     "compress",
     "finetune",
+    "from_pretrained",
     "kept_dense",
     "load",
     "load_state_dict",
@@ -49,6 +52,7 @@ __all__ = [
     "report",
     "resident_bytes",
     "save",
+    "sentence_transformer",
     "trainable",
 ]
 
@@ -64,6 +68,7 @@ _HOMES = {
     "TrainingReport": "factorpack.training_options",
     "compress": "factorpack.pipeline",
     "finetune": "factorpack.training",
+    "from_pretrained": "factorpack.hf.loading",
     "kept_dense": "factorpack.nn.loading",
     "load": "factorpack.pipeline",
     "load_state_dict": "factorpack.pipeline",
@@ -71,8 +76,11 @@ _HOMES = {
     "report": "factorpack.reporting",
     "resident_bytes": "factorpack.nn.loading",
     "save": "factorpack.trained",
+    "sentence_transformer": "factorpack.hf.loading",
     "trainable": "factorpack.trained",
 }
+
+watch()
 
 
 def __getattr__(name: str) -> object:

@@ -87,8 +87,12 @@ def key_of(source: Source, options: Options) -> str:
     digest = sha256()
     model = source.model
     tensors: Mapping[str, Any] = model.state_dict() if isinstance(model, nn.Module) else model
-    # Strides and paddings are in no tensor. Addresses, which some modules print, change with every run.
-    printed = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(model)) if isinstance(model, nn.Module) else None
+    printed = None
+    if isinstance(model, nn.Module):
+        # Strides and paddings are in no tensor, nor is what a hook makes of the output. Addresses, which some modules
+        # print, change with every run.
+        told = [repr(part) for part in (model, *model._forward_hooks.values())]
+        printed = re.sub(r" at 0x[0-9a-fA-F]+", "", "\n".join(told))
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor):
             _feed(digest, name)

@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from factorpack.bars import bars
 from factorpack.errors import FactorpackError, UnsupportedError
 
 if TYPE_CHECKING:
     from factorpack.bench.results import Results
     from factorpack.container import Bill
     from factorpack.curve import Kept
+    from factorpack.hf.folder import Folder
     from factorpack.pipeline import Source
     from factorpack.plan import ModelPlan
     from factorpack.task import Scores, Task
@@ -46,7 +47,9 @@ UNITS = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KIB": 1024, "
 TaskArgument = Annotated[
     str,
     typer.Argument(
-        metavar="TASK", help="A task file (.py), module:attribute, a .safetensors file or a folder of them."
+        metavar="TASK",
+        help="A task file (.py), module:attribute, a .safetensors file or a folder of them; for compress a folder of "
+        "Hugging Face too.",
     ),
 ]
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE.fpk", help="A compressed file.")]
@@ -107,29 +110,6 @@ def human(size: int) -> str:
 
 
 @contextmanager
-def _bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Bars with a time to go on stderr, one a stage; a stage that starts again counts its passes."""
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        console=notes, transient=True,
-    )  # fmt: skip
-    with bar:
-        tasks: dict[str, Any] = {}
-        passes: dict[str, int] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                passes[stage] = 1
-                tasks[stage] = bar.add_task(stage, total=total)
-            elif done == 0:
-                passes[stage] += 1
-                bar.reset(tasks[stage], description=f"{stage}, pass {passes[stage]}")
-            bar.update(tasks[stage], completed=done, total=total)
-
-        yield progress
-
-
-@contextmanager
 def _waiting(what: str) -> Iterator[None]:
     with notes.status(f"{what} ..."):
         yield
@@ -173,6 +153,24 @@ def _source(spec: str, scored: str = "") -> tuple["Task | None", "Source"]:
     return task, Source(task.model(), batches, task.output)
 
 
+def _folder_source(folder: "Folder", calibrate: Path | None, seed: int, scored: bool) -> "Source":
+    """What of a folder of Hugging Face is compressed: with calibration data its network, without its weights alone."""
+    from factorpack.nn.stored import stored_tensors
+    from factorpack.pipeline import Source
+
+    if scored:
+        raise UnsupportedError("a folder of Hugging Face has no evaluate(), which --max-drop needs: write a task file")
+    if folder.method:
+        raise UnsupportedError(f"{folder.path} is quantized already ({folder.method}): give the original weights")
+    if calibrate is None:
+        _note("without --calibrate (a text file, one sentence a line, or a folder of images) a file costs much more")
+        return Source(stored_tensors(folder.root))
+    from factorpack.hf.calibration import calibrated
+
+    with _waiting("loading the network"):
+        return calibrated(folder, calibrate, seed)
+
+
 def _read_plan(path: Path) -> "ModelPlan":
     from factorpack.plan import ModelPlan
 
@@ -201,11 +199,29 @@ def _check_folder(path: Path | None, option: str) -> None:
         raise UnsupportedError(f"the folder {path.parent} does not exist: make it first, or choose another {option}")
 
 
-@app.command(epilog="Example: factorpack compress task.py --size 60KB --out model.fpk")
+@app.command(
+    epilog="Example: factorpack compress task.py --size 60KB --out model.fpk, or "
+    "factorpack compress my-encoder --calibrate sentences.txt --size 5MB --out small-encoder"
+)
 @command
 def compress(
     task: TaskArgument,
-    out: Annotated[Path, typer.Option(metavar="FILE.fpk", help="The file to write.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE.fpk|DIR",
+            help="The file to write; of a Hugging Face folder, a folder that is ready for use, or the file alone where "
+            "the name ends in .fpk.",
+        ),
+    ],
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DATA",
+            help="For a Hugging Face folder: a text file, one sentence a line, or a folder of images; a few hundred "
+            "are drawn of it.",
+        ),
+    ] = None,
     size: Annotated[str, typer.Option(help="Size of the whole file: 60KB, 5.5MB; kB = 1,000 bytes.")] = "",
     ratio: Annotated[float, typer.Option(help="Instead of --size: times smaller than the original tensors.")] = 0.0,
     max_drop: Annotated[
@@ -255,7 +271,8 @@ def compress(
     """Compress a trained network to a file of at most the size that is asked for."""
     from factorpack.container import write
     from factorpack.curve import Goal, Workshop
-    from factorpack.pipeline import finish
+    from factorpack.hf.folder import check_target, read_folder, write_around
+    from factorpack.pipeline import dense_bytes, finish
     from factorpack.search import Options
 
     _check_goal(size, ratio, max_drop, plan)
@@ -269,24 +286,37 @@ def compress(
         _note(f"there is nothing to resume in {cache}: the run begins anew, and can be gone on with from now on")
     goal = Goal(parse_size(size) if size else 0, ratio, max_drop, _read_plan(plan) if plan else None)
     options = Options(form, solver, seed, tuple(exclude or ()), keep_batch_norms, rank)
-    with _bars() as progress:
-        start = time.perf_counter()
-        loaded, source = _source(task, "--max-drop" if max_drop is not None else "")
+    folder = read_folder(Path(task))
+    whole = folder is not None and out.suffix != ".fpk"
+    if calibrate is not None and folder is None:
+        raise UnsupportedError(f"--calibrate is for folders of Hugging Face, and {task} is none: leave it out")
+    if folder is not None and whole:
+        check_target(out, folder)
+    start = time.perf_counter()
+    if folder is not None:
+        loaded, source = None, _folder_source(folder, calibrate, seed, max_drop is not None)
+    with bars(notes) as progress:
+        if folder is None:
+            loaded, source = _source(task, "--max-drop" if max_drop is not None else "")
         packed, state, kept = Workshop(source, options, cache, progress, _note).made(goal, loaded)
         seconds = time.perf_counter() - start
     if save_plan is not None:
         write(save_plan, packed.plan.to_json().encode())
     score = (lambda path: _score(loaded, path)) if loaded is not None and loaded.has("evaluate") else None
+    file = out
+    if folder is not None and whole:
+        file = write_around(folder, out, state.dtypes, state.aliases, dense_bytes(state))
     if kept is None:
-        report = finish(packed, state, seconds, score, out).report
+        report = finish(packed, state, seconds, score, file).report
     else:
         # These bytes were scored already.
-        report = finish(packed, state, seconds - kept.evaluation_seconds, None, out).report
+        report = finish(packed, state, seconds - kept.evaluation_seconds, None, file).report
         report = replace(report, scores=kept.scores, evaluation_seconds=kept.evaluation_seconds)
     for name in report.unseen:
         notes.print(f"note: {escape(name)} was not met in calibration; it is stored by relative error", highlight=False)
     screen.print(
-        f"{out}: {report.size_bytes:,} bytes, {report.ratio:.1f} times smaller, {report.seconds:.0f} s", highlight=False
+        f"{file}: {report.size_bytes:,} bytes, {report.ratio:.1f} times smaller, {report.seconds:.0f} s",
+        highlight=False,
     )
     if report.bits_per_weight is not None:
         screen.print(_bits(report.bits_per_weight, report.gaussian_bits_per_weight), highlight=False)
@@ -295,7 +325,7 @@ def compress(
     if kept is not None:
         _print_kept(kept)
     found = {
-        "file": str(out), "size_bytes": report.size_bytes, "ratio": report.ratio, "seconds": report.seconds,
+        "file": str(file), "size_bytes": report.size_bytes, "ratio": report.ratio, "seconds": report.seconds,
         "evaluation_seconds": report.evaluation_seconds, "scores": report.scores,
         "predicted_loss": report.distortion, "bits_per_weight": report.bits_per_weight,
         "gaussian_bits_per_weight": report.gaussian_bits_per_weight, "forms": _forms(report.bill),
@@ -349,7 +379,7 @@ def curve(
     check_points(points)
     sizes = sorted({parse_size(text) for text in size or ()})
     options = Options(form, "sequential", seed, tuple(exclude or ()))
-    with _bars() as progress:
+    with bars(notes) as progress:
         loaded, source = _source(task, "a curve")
         assert loaded is not None
         analysis = analyse(source, options, out, progress, _note)
@@ -481,7 +511,7 @@ def finetune(
         orthogonality, device, precision, resume,
     )  # fmt: skip
     loaded = load_task(task)
-    with _bars() as progress:
+    with bars(notes) as progress:
         run = Run(loaded.model(), file, out, Lessons(loaded.training, loaded.loss, loaded.output), options, progress,
                   _note)  # fmt: skip
         try:
@@ -602,7 +632,7 @@ def verify(file: FileArgument, as_json: Json = False) -> None:
 
     opened = File(file)
     stored = [name for name in opened.shapes if name not in opened.aliases]
-    with _bars() as progress:
+    with bars(notes) as progress:
         for done, name in enumerate(stored):
             progress("decoding", done, len(stored))
             tensor = opened.tensor(name)

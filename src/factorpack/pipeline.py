@@ -5,9 +5,10 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from html import escape
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ from factorpack.search import Options, Packed, Progress, pack
 from factorpack.task import Evaluate, Scores, as_scores, checked_output
 
 MODES = ("dense", "on-the-fly")
+WEIGHTS_SHOWN = 8
+"""In the table of a report."""
 
 
 def silent(_stage: str, _done: int, _total: int) -> None:
@@ -61,6 +64,22 @@ class Report:
     def distortion(self) -> float:
         """The predicted loss: half the distortion of all layers in their metrics, added up."""
         return sum(layer.loss for layer in self.plan.layers.values())
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks: the size, the scores and the largest weights."""
+        size = f"{self.size_bytes:,} bytes, {self.ratio:.1f} times smaller"
+        rows = [("file", size), *((name, f"{value:.4g}") for name, value in self.scores.items())]
+        largest = sorted(self.bill.weights, key=lambda weight: -weight.size_bytes)[:WEIGHTS_SHOWN]
+        for weight in largest:
+            shape = " × ".join(map(str, weight.shape))
+            bits = 8 * weight.size_bytes / math.prod(weight.shape)
+            told = f"{weight.size_bytes:,} bytes, {shape}, {weight.form}, {bits:.2f} bits a weight"
+            rows.append((weight.name, told))
+        if len(largest) < len(self.bill.weights):
+            rest = sum(weight.size_bytes for weight in self.bill.weights) - sum(weight.size_bytes for weight in largest)
+            rows.append((f"{len(self.bill.weights) - len(largest)} smaller weights", f"{rest:,} bytes"))
+        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(told)}</td></tr>" for name, told in rows)
+        return f"<table>{cells}</table>"
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +186,16 @@ def finish(
     )
 
 
+def _watched(shown: bool) -> AbstractContextManager[Progress]:
+    if not shown:
+        return nullcontext(silent)
+    from rich.console import Console
+
+    from factorpack.bars import bars
+
+    return bars(Console(stderr=True))
+
+
 def compress(
     model: nn.Module,
     size: int,
@@ -174,25 +203,32 @@ def compress(
     evaluate: Evaluate | None = None,
     output: str = "logits",
     options: Options | None = None,
+    *,
+    progress: bool = False,
 ) -> PackedModel:
     """The model as a file of at most `size` bytes, everything included; the model itself is left as it was.
 
     `calibration` are unlabelled batches: a tensor, a tuple (positional) or a dict (keyword arguments) each.
     Without them every tensor is stored with the same relative error. `evaluate(model)` gives a score, higher is
     better, or a dict of them; it is asked about the model loaded back from the file. `output` says what the model
-    returns, "logits" or "embedding". Raises BudgetError, naming the smallest size, where `size` cannot be met.
+    returns, "logits" or "embedding". `progress` shows bars, in terminals and notebooks (these need ipywidgets). Raises
+    BudgetError, naming the smallest size, where `size` cannot be met.
 
     Examples:
-        >>> packed = factorpack.compress(model, size=5_500_000, calibration=batches)
-        >>> packed.save("model.fpk")
+        >>> model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.ReLU(), torch.nn.Linear(30, 10))
+        >>> batches = [torch.randn(50, 20) for _ in range(4)]
+        >>> packed = factorpack.compress(model, size=1500, calibration=batches)
+        >>> packed.save("small.fpk")
+        >>> packed.report.size_bytes <= 1500
+        True
     """
     chosen = options or Options()
     checked_output(output, "compress")
     start = time.perf_counter()
     batches = None if calibration is None else list(calibration)
-    with one_thread():
-        state = Source(model, batches, output).state(chosen)
-        packed = pack(state, size, chosen, silent)
+    with one_thread(), _watched(progress) as told:
+        state = Source(model, batches, output).state(chosen, told)
+        packed = pack(state, size, chosen, told)
     seconds = time.perf_counter() - start
 
     def score(path: Path) -> Scores:
@@ -209,6 +245,10 @@ def load(path: str | Path, model: nn.Module, mode: str = "dense", most_bytes: in
     weight whenever it is used. `most_bytes` bounds the memory that a file may ask for when it is read; None stands for
     1,024 times its size, or 64 MiB where that is more. Raises FormatError for a damaged file or one that asks for more,
     MismatchError for a file of another model.
+
+    Examples:
+        >>> model = factorpack.load("model.fpk", build_model())
+        >>> model = factorpack.load("model.fpk", build_model(), mode="on-the-fly")
     """
     if mode not in MODES:
         raise UnsupportedError(f"{mode!r} is no mode: choose {' or '.join(MODES)}")
@@ -221,6 +261,11 @@ def load_state_dict(path: str | Path, most_bytes: int | None = None) -> dict[str
     """All tensors of a file by name, dense, in their original dtypes; tied names hold the same tensor.
 
     `most_bytes` and errors as for `load`.
+
+    Examples:
+        >>> tensors = factorpack.load_state_dict("model.fpk")
+        >>> build_model().load_state_dict(tensors)
+        <All keys matched successfully>
     """
     contents, _ = read(Path(path), most_bytes)
     return state_dict(contents.tensors, contents.dtypes, contents.aliases)
@@ -248,6 +293,7 @@ def open_file(path: str | Path, most_bytes: int | None = None) -> PackedTensors:
 
     Examples:
         >>> tensors = factorpack.open_file("model.fpk")
-        >>> tensors["conv1.weight"].shape
+        >>> tensors["head.weight"].shape
+        torch.Size([10, 128])
     """
     return PackedTensors(File(Path(path), most_bytes))

@@ -26,8 +26,9 @@ def trainable(model: nn.Module, path: str | Path) -> TrainableModel:
     Examples:
         >>> compressed = factorpack.trainable(build_model(), "model.fpk")
         >>> optimizer = torch.optim.AdamW(compressed.parameters(), lr=0.01, weight_decay=0)
-        >>> loss(compressed(inputs), targets).backward()
-        >>> optimizer.step()
+        >>> loss = torch.nn.functional.cross_entropy(compressed(inputs), targets)
+        >>> loss.backward()
+        >>> _ = optimizer.step()
         >>> factorpack.save(compressed, "trained.fpk")
     """
     contents, _ = read(Path(path))
@@ -74,6 +75,10 @@ def save(model: TrainableModel, path: str | Path, size: int | None = None) -> No
     The file decodes to the very tensors that the model computes with, where it need not be made smaller: for that,
     codes that are nearest to zero are left out, which costs much where many are. Raises BudgetError where that is not
     enough.
+
+    Examples:
+        >>> compressed = factorpack.trainable(build_model(), "model.fpk")
+        >>> factorpack.save(compressed, "trained.fpk")
     """
     data, _ = written(model)
     if size is not None and len(data) > size:

@@ -73,9 +73,11 @@ def finetune(
     that cannot be used, UnsupportedError where accelerate is missing.
 
     Examples:
-        >>> lessons = factorpack.Lessons(training=lambda epoch: batches_of(epoch))
-        >>> options = factorpack.TrainingOptions(minutes=30)
-        >>> report = factorpack.finetune(model, "model.fpk", "trained.fpk", lessons, options)
+        >>> lessons = factorpack.Lessons(training=lambda epoch: [(batch, None) for batch in batches])
+        >>> options = factorpack.TrainingOptions(steps=2)  # or minutes=30
+        >>> report = factorpack.finetune(build_model(), "model.fpk", "trained.fpk", lessons, options)
+        >>> report.steps
+        2
     """
     run = Run(model, Path(file), Path(out), lessons, options)
     run.train()

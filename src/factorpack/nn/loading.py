@@ -82,12 +82,23 @@ def place_on_the_fly(
 
 
 def kept_dense(model: nn.Module) -> dict[str, str]:
-    """The factored tensors that `place_on_the_fly` left dense in this model, each with the reason."""
+    """The factored tensors that loading on the fly left dense in this model, each with the reason.
+
+    Examples:
+        >>> model = factorpack.load("model.fpk", build_model(), mode="on-the-fly")
+        >>> factorpack.kept_dense(model)
+        {}
+    """
     return dict(getattr(model, REPORT, {}))
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes of the storages under the model's parameters and buffers, each storage counted once."""
+    """Bytes of the storages under the model's parameters and buffers, each storage counted once.
+
+    Examples:
+        >>> factorpack.resident_bytes(torch.nn.Linear(30, 10))
+        1240
+    """
     storages = {}
     for tensor in (*model.parameters(), *model.buffers()):
         storage = tensor.untyped_storage()
