@@ -18,6 +18,7 @@ import pytest
 import torch
 from sybil import Document, Example, Region, Sybil
 from sybil.evaluators.python import PythonEvaluator
+from sybil.parsers.markdown import SkipParser
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 from torch import nn
 from typer.testing import CliRunner
@@ -93,7 +94,7 @@ def blocks(document: Document) -> Iterable[Region]:
 
 
 def run_page(path: Path, **names: object) -> None:
-    document = Sybil([blocks]).parse(path)
+    document = Sybil([SkipParser(), blocks]).parse(path)
     document.namespace.update(names)
     for example in document.examples():
         example.evaluate()

@@ -77,8 +77,9 @@ def report(
     file of another model.
 
     Examples:
-        >>> page = factorpack.report("model.fpk", model, batches, score).to_html()
-        >>> Path("report.html").write_text(page, encoding="utf-8")
+        >>> page = factorpack.report("model.fpk", build_model(), batches).to_html()
+        >>> page.startswith("<!doctype html>")
+        True
     """
     checked_output(output, "report")
     if model is None:
