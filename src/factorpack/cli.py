@@ -611,7 +611,7 @@ def report(
 
     _check_folder(out, "--out")
     decided = _read_plan(plan) if plan else None
-    with bars() as progress:
+    with bars(notes) as progress:
         found = measured(Subject(file, original_of(task) if task else None, decided, plan, out), progress)
     write(out, found.to_html().encode())
     screen.print(f"{out}: {len(found.layers)} layers, {found.size_bytes:,} bytes", highlight=False, soft_wrap=True)

@@ -78,7 +78,7 @@ def report(
 
     Examples:
         >>> page = factorpack.report("model.fpk", build_model(), batches).to_html()
-        >>> page.startswith("<!doctype html>")
+        >>> page.lstrip().startswith("<!DOCTYPE html>")
         True
     """
     checked_output(output, "report")
