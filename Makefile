@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: demo test transformers4 soak fuzz coverage bench readme lint clean
+.PHONY: demo test docs transformers4 soak fuzz coverage bench readme lint clean
 
 $(VENV)/.ready: requirements/test.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,16 @@ lint: $(VENV)/.ready
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The site, in site/: a link or an anchor that leads nowhere is an error. Needs no network once its packages are there.
+DOCS := .venv-docs
+$(DOCS)/.ready: requirements/docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/docs.txt
+	touch $@
+
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
 
 $(VENV)4/.ready: requirements/transformers4.txt $(VENV)/.ready
 	$(PYTHON) -m venv $(VENV)4
@@ -66,4 +76,4 @@ readme: $(VENV)/.ready
 	$(BIN)/python bench/readme.py
 
 clean:
-	rm -rf $(VENV) $(VENV)4 .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(VENV)4 $(DOCS) site .mypy_cache .pytest_cache .ruff_cache build dist

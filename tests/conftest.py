@@ -59,3 +59,14 @@ def digits_file(digits_task: Trained, tmp_path_factory: pytest.TempPathFactory) 
     path = tmp_path_factory.mktemp("packed") / "digits.fpk"
     factorpack.compress(task.model(), 8000, task.calibration()).save(path)
     return path
+
+
+@pytest.fixture
+def short_analysis(monkeypatch):
+    """A few λ and evaluations: each takes a moment."""
+    from factorpack import cache, curve
+
+    rates_of = cache.rates_of
+    monkeypatch.setattr(cache, "rates_of", lambda state: rates_of(state)[::5])
+    monkeypatch.setattr(curve, "EVALUATIONS", 3)
+    monkeypatch.setattr(curve, "DOTS_PER_INCH", 20)

@@ -178,17 +178,6 @@ def test_what_is_excluded_is_not_among_the_weights(digits_task, tmp_path):
     assert names == {f"convolutions.{place}.weight" for place in range(3)}
 
 
-@pytest.fixture
-def short_analysis(monkeypatch):
-    """A few λ and evaluations: each takes a moment."""
-    from factorpack import cache, curve
-
-    rates_of = cache.rates_of
-    monkeypatch.setattr(cache, "rates_of", lambda state: rates_of(state)[::5])
-    monkeypatch.setattr(curve, "EVALUATIONS", 3)
-    monkeypatch.setattr(curve, "DOTS_PER_INCH", 20)
-
-
 def test_a_curve_is_resumed_and_its_cache_serves_compress(digits_task, tmp_path, short_analysis):
     folder = tmp_path / "sizes"
     wanted = ("curve", digits_task.path, "--size", "6KB", "--size", "4KB", "--form", "direct", "--out", folder)

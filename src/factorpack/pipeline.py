@@ -214,12 +214,13 @@ def compress(
     returns, "logits" or "embedding". `progress` shows bars, in terminals and notebooks (these need ipywidgets). Raises
     BudgetError, naming the smallest size, where `size` cannot be met.
 
-    >>> model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.ReLU(), torch.nn.Linear(30, 10))
-    >>> batches = [torch.randn(50, 20) for _ in range(4)]
-    >>> packed = factorpack.compress(model, size=1500, calibration=batches)
-    >>> packed.save("small.fpk")
-    >>> packed.report.size_bytes <= 1500
-    True
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.ReLU(), torch.nn.Linear(30, 10))
+        >>> batches = [torch.randn(50, 20) for _ in range(4)]
+        >>> packed = factorpack.compress(model, size=1500, calibration=batches)
+        >>> packed.save("small.fpk")
+        >>> packed.report.size_bytes <= 1500
+        True
     """
     chosen = options or Options()
     checked_output(output, "compress")
@@ -245,8 +246,9 @@ def load(path: str | Path, model: nn.Module, mode: str = "dense", most_bytes: in
     1,024 times its size, or 64 MiB where that is more. Raises FormatError for a damaged file or one that asks for more,
     MismatchError for a file of another model.
 
-    >>> model = factorpack.load("model.fpk", build_model())
-    >>> model = factorpack.load("model.fpk", build_model(), mode="on-the-fly")
+    Examples:
+        >>> model = factorpack.load("model.fpk", build_model())
+        >>> model = factorpack.load("model.fpk", build_model(), mode="on-the-fly")
     """
     if mode not in MODES:
         raise UnsupportedError(f"{mode!r} is no mode: choose {' or '.join(MODES)}")
@@ -260,9 +262,10 @@ def load_state_dict(path: str | Path, most_bytes: int | None = None) -> dict[str
 
     `most_bytes` and errors as for `load`.
 
-    >>> tensors = factorpack.load_state_dict("model.fpk")
-    >>> build_model().load_state_dict(tensors)
-    <All keys matched successfully>
+    Examples:
+        >>> tensors = factorpack.load_state_dict("model.fpk")
+        >>> build_model().load_state_dict(tensors)
+        <All keys matched successfully>
     """
     contents, _ = read(Path(path), most_bytes)
     return state_dict(contents.tensors, contents.dtypes, contents.aliases)
@@ -288,8 +291,9 @@ class PackedTensors(Shaped[Tensor]):
 def open_file(path: str | Path, most_bytes: int | None = None) -> PackedTensors:
     """Opens a file to read single tensors of it, without reading the rest; `most_bytes` and errors as for `load`.
 
-    >>> tensors = factorpack.open_file("model.fpk")
-    >>> tensors["head.weight"].shape
-    torch.Size([10, 128])
+    Examples:
+        >>> tensors = factorpack.open_file("model.fpk")
+        >>> tensors["head.weight"].shape
+        torch.Size([10, 128])
     """
     return PackedTensors(File(Path(path), most_bytes))

@@ -76,8 +76,10 @@ def report(
     `evaluate` scores of both. The model is left as it was. Raises FormatError for a damaged file, MismatchError for a
     file of another model.
 
-    >>> page = factorpack.report("model.fpk", model, batches, score).to_html()
-    >>> Path("report.html").write_text(page, encoding="utf-8")
+    Examples:
+        >>> page = factorpack.report("model.fpk", build_model(), batches).to_html()
+        >>> page.lstrip().startswith("<!DOCTYPE html>")
+        True
     """
     checked_output(output, "report")
     if model is None:

@@ -23,12 +23,13 @@ def trainable(model: nn.Module, path: str | Path) -> TrainableModel:
     `model` is of the same architecture; it becomes part of what is returned, and `save` writes that to a file again.
     Raises FormatError for a damaged file, MismatchError for a file of another model.
 
-    >>> compressed = factorpack.trainable(build_model(), "model.fpk")
-    >>> optimizer = torch.optim.AdamW(compressed.parameters(), lr=0.01, weight_decay=0)
-    >>> loss = torch.nn.functional.cross_entropy(compressed(inputs), targets)
-    >>> loss.backward()
-    >>> _ = optimizer.step()
-    >>> factorpack.save(compressed, "trained.fpk")
+    Examples:
+        >>> compressed = factorpack.trainable(build_model(), "model.fpk")
+        >>> optimizer = torch.optim.AdamW(compressed.parameters(), lr=0.01, weight_decay=0)
+        >>> loss = torch.nn.functional.cross_entropy(compressed(inputs), targets)
+        >>> loss.backward()
+        >>> _ = optimizer.step()
+        >>> factorpack.save(compressed, "trained.fpk")
     """
     contents, _ = read(Path(path))
     return trainable_of(model, contents)
@@ -75,8 +76,9 @@ def save(model: TrainableModel, path: str | Path, size: int | None = None) -> No
     codes that are nearest to zero are left out, which costs much where many are. Raises BudgetError where that is not
     enough.
 
-    >>> compressed = factorpack.trainable(build_model(), "model.fpk")
-    >>> factorpack.save(compressed, "trained.fpk")
+    Examples:
+        >>> compressed = factorpack.trainable(build_model(), "model.fpk")
+        >>> factorpack.save(compressed, "trained.fpk")
     """
     data, _ = written(model)
     if size is not None and len(data) > size:

@@ -72,11 +72,12 @@ def finetune(
     Raises BudgetError where no state fits the size, FormatError and MismatchError as `load`, TaskError for lessons
     that cannot be used, UnsupportedError where accelerate is missing.
 
-    >>> lessons = factorpack.Lessons(training=lambda epoch: [(batch, None) for batch in batches])
-    >>> options = factorpack.TrainingOptions(steps=2)  # or minutes=30
-    >>> report = factorpack.finetune(build_model(), "model.fpk", "trained.fpk", lessons, options)
-    >>> report.steps
-    2
+    Examples:
+        >>> lessons = factorpack.Lessons(training=lambda epoch: [(batch, None) for batch in batches])
+        >>> options = factorpack.TrainingOptions(steps=2)  # or minutes=30
+        >>> report = factorpack.finetune(build_model(), "model.fpk", "trained.fpk", lessons, options)
+        >>> report.steps
+        2
     """
     run = Run(model, Path(file), Path(out), lessons, options)
     run.train()

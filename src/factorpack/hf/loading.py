@@ -26,9 +26,10 @@ def from_pretrained(path: str | Path, mode: str = "dense") -> nn.Module:
     class of your choice. Raises TaskError for what is no such folder, FormatError for a damaged one, MismatchError
     where the file lacks tensors of the network, UnsupportedError where transformers is missing.
 
-    >>> encoder = factorpack.from_pretrained("small-encoder")
-    >>> encoder(input_ids=torch.tensor([[2, 5, 3]])).last_hidden_state.shape
-    torch.Size([1, 3, 384])
+    Examples:
+        >>> encoder = factorpack.from_pretrained("small-encoder")
+        >>> encoder(input_ids=torch.tensor([[2, 5, 3]])).last_hidden_state.shape
+        torch.Size([1, 3, 384])
     """
     if mode not in MODES:
         raise UnsupportedError(f"{mode!r} is no mode: choose {' or '.join(MODES)}")
@@ -43,9 +44,10 @@ def sentence_transformer(path: str | Path) -> Any:
 
     Raises TaskError for what is no compressed folder, UnsupportedError where sentence-transformers is missing.
 
-    >>> encoder = factorpack.sentence_transformer("small-encoder")
-    >>> encoder.encode(["a cat", "a dog"]).shape
-    (2, 384)
+    Examples:
+        >>> encoder = factorpack.sentence_transformer("small-encoder")
+        >>> encoder.encode(["a cat", "a dog"]).shape
+        (2, 384)
     """
     require_transformers()
     if find_spec("sentence_transformers") is None:

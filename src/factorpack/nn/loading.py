@@ -84,9 +84,10 @@ def place_on_the_fly(
 def kept_dense(model: nn.Module) -> dict[str, str]:
     """The factored tensors that loading on the fly left dense in this model, each with the reason.
 
-    >>> model = factorpack.load("model.fpk", build_model(), mode="on-the-fly")
-    >>> factorpack.kept_dense(model)
-    {}
+    Examples:
+        >>> model = factorpack.load("model.fpk", build_model(), mode="on-the-fly")
+        >>> factorpack.kept_dense(model)
+        {}
     """
     return dict(getattr(model, REPORT, {}))
 
@@ -94,8 +95,9 @@ def kept_dense(model: nn.Module) -> dict[str, str]:
 def resident_bytes(model: nn.Module) -> int:
     """Bytes of the storages under the model's parameters and buffers, each storage counted once.
 
-    >>> factorpack.resident_bytes(torch.nn.Linear(30, 10))
-    1240
+    Examples:
+        >>> factorpack.resident_bytes(torch.nn.Linear(30, 10))
+        1240
     """
     storages = {}
     for tensor in (*model.parameters(), *model.buffers()):
