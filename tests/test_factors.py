@@ -114,6 +114,16 @@ def test_the_largest_products_that_are_allowed_are_exact():
     assert np.array_equal(weight.tiles(), exact_tiles(weight))
 
 
+@pytest.mark.parametrize("largest", [1024, 1025])
+def test_products_on_both_sides_of_what_float32_holds_are_exact(largest):
+    # 8 · 2047 · 1024 is below 2^24, the next one above it, where odd sums have no float32.
+    basis = np.full((6, 8), 2047, np.int32)
+    codes = np.full((8, 5), largest, np.int32)
+    codes[0] = [largest, largest - 1, 1, -largest, 0]
+    weight = FactoredWeight("sparse_pca", Tiling((6, 5)), Basis(basis, grid(12)), Codes(codes, grid(12)))
+    assert np.array_equal(weight.tiles(), exact_tiles(weight))
+
+
 def test_a_product_too_large_to_be_exact_is_refused():
     basis, codes = np.zeros((4, 32), np.int32), np.zeros((32, 4), np.int32)
     with pytest.raises(MismatchError, match="too large to be exact"):

@@ -162,13 +162,24 @@ def test_on_real_weights_the_iterations_beat_one_threshold_and_both_beat_none() 
     weight = load_file(RESNET)["layer2.1.conv2.weight"]
     tiling, metric = Tiling(weight.shape), correlated(1, weight[0].size)
     settings = GradientSettings(rank=32, sparsity=0.6)
-    naive = run(weight, tiling, metric, "sparse_pca", replace(settings, iterations=0, refinements=0))
+    naive = run(weight, tiling, metric, "sparse_pca", replace(settings, pursuit=0, iterations=0, refinements=0))
     one_shot = run(weight, tiling, metric, "sparse_pca", replace(settings, one_shot=True))
     iterated = run(weight, tiling, metric, "sparse_pca", settings)
     blind = run(weight, tiling, Metric(), "sparse_pca", settings)
     assert iterated.distortion < 0.9 * one_shot.distortion
     assert one_shot.distortion < 0.5 * naive.distortion
     assert iterated.distortion < 0.5 * measured(weight, blind.weight.tensor(), tiling, metric)
+
+
+@pytest.mark.skipif(not RESNET.exists(), reason="the weights of ResNet-20 are not here")
+@pytest.mark.parametrize(("sparsity", "part"), [(0.8, 0.8), (0.3, 1.0)])
+def test_sparse_factors_to_start_from_help_where_few_entries_stay(sparsity: float, part: float) -> None:
+    load_file = pytest.importorskip("safetensors.numpy").load_file
+    weight = load_file(RESNET)["layer1.0.conv1.weight"]
+    tiling, metric = Tiling(weight.shape), correlated(1, weight[0].size, 0.5)
+    settings = GradientSettings(rank=16, sparsity=sparsity, inner_steps=5)
+    plain = run(weight, tiling, metric, "sparse_pca", replace(settings, pursuit=0))
+    assert run(weight, tiling, metric, "sparse_pca", settings).distortion <= part * plain.distortion
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -185,7 +196,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("rank", 0), ("sparsity", 1.5), ("basis_bits", 1), ("code_bits", 17), ("inner_steps", 0), ("learning_rate", 0.0)],
+    [("rank", 0), ("sparsity", 1.5), ("basis_bits", 1), ("code_bits", 21), ("inner_steps", 0), ("learning_rate", 0.0)],
 )
 def test_settings_out_of_range_are_refused(name: str, value: float) -> None:
     settings: dict[str, Any] = {name: value}

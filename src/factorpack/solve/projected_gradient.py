@@ -14,6 +14,7 @@ Real-valued latents of both factors and the logarithms of their steps follow Ada
 rounding passed straight through (the steps' gradient is that of LSQ, Esser et al. 2020). After every `inner_steps` the
 latents of Z are projected: on the sparse grid in the diagonal of D's Hessian, which says better than |Z| what an entry
 is worth, or on the one-hot columns in D itself. The rate is bounded by the sets - bits, rank and count - not priced.
+Form sparse_pca starts from factors that are sparse already (`pursuit`), or from the SVD as in the paper.
 
 The sets are not convex and the gradient is not that of the rounded function, so nothing makes D fall from one
 iteration to the next: each iterate is made feasible, as it would be stored, and the best one is returned.
@@ -26,17 +27,21 @@ from math import cos, pi
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from factorpack._shapes import Float, Float32, Int32, Integer
+from factorpack._shapes import Float, Float32, Float64, Int32, Integer
 from factorpack.errors import MismatchError, UnsupportedError
 from factorpack.factors import IDENTITY_GRID, Basis, Codes, FactoredWeight, Grid, OneHotCodes, exponents_of, steps_of
 from factorpack.solve.objective import Metric, distortion, gradient
+from factorpack.solve.pursuit import pursue, sparse_axes
 from factorpack.solve.sets import SparseGrid, Uniform
 from factorpack.solve.start import kmeans, nearest_codewords, search_steps, singular_factors, whitening
 from factorpack.tiling import Tiling
 
 FORMS = ("direct", "sparse_pca", "svd", "vq")
 SPARSE_FORMS = ("direct", "sparse_pca")
+MOST_BITS = 20
+"""Integers up to there are exact in latents of float32, and leave some of their digits for what is between them."""
 
 # Measured, as are the defaults below but the 30 iterations (the paper's), on convolutions of ResNet-20.
 SPLIT = 0.0  # B = U, Z = S·Vᵀ; an even split ends about as low
@@ -44,6 +49,7 @@ BASIS_PACE = 0.3  # of the learning rate, in units of the basis' root mean squar
 STEP_PACE = 0.5  # of the learning rate, in the logarithm
 LAST_PACE = 0.03  # of the learning rate, at the end of its cosine
 BETAS = (0.9, 0.99)
+SPARSE_START = 0.8  # of the SVD's distortion, quantised, is what a pursued start must reach: the SVD's falls further
 SETTLING = 0.02  # of the way to the middle of its cell that a latent goes in a step at the end; none at the start
 
 
@@ -53,7 +59,8 @@ class GradientSettings:
 
     `rank` k, not read by form direct; `sparsity` the share of Z's entries that are zero, read by direct and sparse_pca
     alone; `basis_bits`, `code_bits` the widths of the signed grids. `line_steps`: one step a row of B and a column of Z
-    as in the paper, else one a matrix. `iterations` projections with `inner_steps` of Adam before each, or with
+    as in the paper, else one a matrix. `pursuit` rounds make form sparse_pca's first factors sparse; 0, and `one_shot`,
+    leave those of the SVD. `iterations` projections with `inner_steps` of Adam before each, or with
     `one_shot` a single projection after all of them; then `refinements` times `inner_steps` with the zeros kept.
     `learning_rate` is that of Z, in units of its steps.
 
@@ -65,6 +72,7 @@ class GradientSettings:
     basis_bits: int = 8
     code_bits: int = 4
     line_steps: bool = True
+    pursuit: int = 20
     iterations: int = 30
     inner_steps: int = 20
     refinements: int = 10
@@ -74,11 +82,12 @@ class GradientSettings:
     def __post_init__(self) -> None:
         if self.rank < 1 or not 0 <= self.sparsity <= 1:
             raise MismatchError(f"rank {self.rank} is below 1 or sparsity {self.sparsity} outside 0..1")
-        if not (2 <= self.basis_bits <= 16 and 2 <= self.code_bits <= 16):
-            raise MismatchError(f"grids have 2 to 16 bits, not {self.basis_bits} and {self.code_bits}")
-        if min(self.iterations, self.refinements) < 0 or self.inner_steps < 1 or not self.learning_rate > 0:
+        if not (2 <= self.basis_bits <= MOST_BITS and 2 <= self.code_bits <= MOST_BITS):
+            raise MismatchError(f"grids have 2 to {MOST_BITS} bits, not {self.basis_bits} and {self.code_bits}")
+        counts = (self.pursuit, self.iterations, self.refinements)
+        if min(counts) < 0 or self.inner_steps < 1 or not self.learning_rate > 0:
             raise MismatchError(
-                "iterations and refinements are not negative, inner_steps and learning_rate are positive"
+                "pursuit, iterations and refinements are not negative, inner_steps and learning_rate are positive"
             )
 
 
@@ -93,12 +102,13 @@ class Solution:
 
 @dataclass(frozen=True, eq=False)
 class _Problem:
-    """What does not change while solving; tensors in float32."""
+    """What does not change while solving; tensors in float32 where nothing else is said."""
 
     form: str
     tiling: Tiling
     settings: GradientSettings
     metric: Metric
+    exact: Metric  # the same in float64
     weight: Float[Tensor, "m n"]
     tiles: Float[Tensor, "d N"]
     curvature: Float[Tensor, "d N"]  # half the diagonal of D's Hessian in the tiles
@@ -117,6 +127,14 @@ class _Problem:
             return tiles
         return tiles.mT.reshape(-1)[: self.weight.numel()].reshape(self.weight.shape)
 
+    def curve(self, error: Float64[Tensor, "d N"]) -> Float64[Tensor, "d N"]:
+        """A(E), with D = ⟨E, A(E)⟩ of the tiles' error E; nothing where entries only fill the last tile."""
+        pull = self.exact.apply(self.matrix(error))
+        if not self.tiling.depth:
+            return pull
+        filled = pad(pull.reshape(-1), (0, error.numel() - pull.numel()))
+        return filled.reshape(error.mT.shape).mT
+
 
 def _range(bits: int) -> tuple[int, int]:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -125,7 +143,7 @@ def _range(bits: int) -> tuple[int, int]:
 def _problem(
     weight: Float32[np.ndarray, "..."], tiling: Tiling, metric: Metric, form: str, settings: GradientSettings
 ) -> _Problem:
-    metric = metric.to(torch.float32)
+    exact, metric = metric.to(torch.float64), metric.to(torch.float32)
     matrix = torch.tensor(tiling.matrix(weight))
     energy = float(distortion(matrix, torch.zeros_like(matrix), metric))
     diagonal = torch.ones_like(matrix)
@@ -135,7 +153,7 @@ def _problem(
     if metric.row_weights is not None:
         diagonal = diagonal * metric.row_weights[:, None]
     curvature = torch.from_numpy(tiling.tile(tiling.unmatrix(diagonal.numpy())))
-    return _Problem(form, tiling, settings, metric, matrix, torch.tensor(tiling.tile(weight)), curvature, energy)
+    return _Problem(form, tiling, settings, metric, exact, matrix, torch.tensor(tiling.tile(weight)), curvature, energy)
 
 
 def _couplings(problem: _Problem, chosen: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,15 +237,9 @@ def _log_steps(lines: Float[Tensor, "L C"], bits: int, settings: GradientSetting
     return search_steps(lines if settings.line_steps else lines.reshape(1, -1), *_range(bits)).log()
 
 
-def _start(problem: _Problem, generator: torch.Generator) -> _Latents:
-    settings, tiles = problem.settings, problem.tiles
-    basis, codes = None, tiles
-    if problem.form == "vq":
-        # Entries that cost nothing, of dead inputs or filling the last tile, still need a mean.
-        floor = 1e-6 * float(problem.curvature.mean()) or 1.0
-        basis, codes = kmeans(tiles, settings.rank, generator, problem.curvature.clamp(min=floor))
-    elif problem.form != "direct":
-        basis, codes = singular_factors(tiles, settings.rank, whitening(problem.metric, problem.tiling), SPLIT)
+def _latents(problem: _Problem, basis: Tensor | None, codes: Tensor) -> _Latents:
+    """Those of first factors, with the steps that fit them."""
+    settings = problem.settings
     latents = _Latents(basis, codes, torch.zeros(1), torch.zeros(1))
     if basis is not None:
         latents.basis_steps = _log_steps(basis, settings.basis_bits, settings)
@@ -243,6 +255,37 @@ def _start(problem: _Problem, generator: torch.Generator) -> _Latents:
             stay = (latents.codes * latents.code_unit).mT.contiguous()
             latents.code_steps = _log_steps(stay, settings.code_bits, settings)
     return latents
+
+
+def _pursued(problem: _Problem, factors: tuple[Float[Tensor, "d k"], Float[Tensor, "k N"]]) -> _Latents:
+    """The better start of the factors themselves and of those that a pursuit makes sparse of them."""
+
+    @torch.no_grad()
+    def reached(latents: _Latents) -> float:
+        _project(problem, latents)
+        approximation = problem.matrix(_product(problem, latents))
+        return float(distortion(problem.weight, approximation, problem.metric))
+
+    basis, codes = (factor.double() for factor in factors)
+    tiles, curvature = problem.tiles.double(), problem.curvature.double()
+    axes = sparse_axes(basis, codes)
+    pursued = pursue(tiles, axes, problem.count, problem.curve, curvature, problem.settings.pursuit)
+    plain, sparse = _latents(problem, *factors), _latents(problem, *(factor.float() for factor in pursued))
+    return sparse if reached(sparse) < SPARSE_START * reached(plain) else plain
+
+
+def _start(problem: _Problem, generator: torch.Generator) -> _Latents:
+    settings, tiles = problem.settings, problem.tiles
+    if problem.form == "direct":
+        return _latents(problem, None, tiles)
+    if problem.form == "vq":
+        # Entries that cost nothing, of dead inputs or filling the last tile, still need a mean.
+        floor = 1e-6 * float(problem.curvature.mean()) or 1.0
+        return _latents(problem, *kmeans(tiles, settings.rank, generator, problem.curvature.clamp(min=floor)))
+    factors = singular_factors(tiles, settings.rank, whitening(problem.metric, problem.tiling), SPLIT)
+    if problem.form == "sparse_pca" and settings.pursuit and not settings.one_shot:
+        return _pursued(problem, factors)
+    return _latents(problem, *factors)
 
 
 def _straight_through(x: Tensor, bits: int) -> Tensor:
@@ -387,7 +430,7 @@ def solve(
     if form not in FORMS:
         raise UnsupportedError(f"projected gradient solves the forms {', '.join(FORMS)}, not {form!r}")
     problem = _problem(weight, tiling, metric, form, settings)
-    exact, target = metric.to(torch.float64), problem.weight.to(torch.float64)
+    exact, target = problem.exact, problem.weight.to(torch.float64)
     best, least, trace = None, float("inf"), []
     latents = _start(problem, generator)
     for _ in _iterates(problem, latents):
