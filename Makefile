@@ -21,7 +21,7 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # The site, in site/: a link or an anchor that leads nowhere is an error. Needs no network once its packages are there.
 DOCS := .venv-docs

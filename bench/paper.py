@@ -1,6 +1,6 @@
 """Does joint, data-aware optimisation of sparse, quantised factors give what the paper reports?
 
-    python bench/paper.py TASK [TASK ...] --sparsities 30 50 70 --finetune-steps 200 --out bench/results/paper.json
+    python bench/paper.py TASK [TASK ...] --sparsities 30 50 70 --finetune-steps 200 --out bench/paper.json
 
 Every weight is stored as B·Z by the paper's solver, with steps of rows of B (8 bits) and columns of Z (4 bits) and one
 share of zeros for all layers. What is compared:

@@ -12,7 +12,10 @@ import factorpack
 from factorpack.task import load_task
 
 FUNCTIONS = [name for name in factorpack.__all__ if inspect.isfunction(getattr(factorpack, name))]
-NEEDS = {"finetune": "accelerate", "from_pretrained": "transformers", "sentence_transformer": "sentence_transformers"}
+NEEDS = {
+    "finetune": "accelerate", "from_pretrained": "transformers", "sentence_transformer": "sentence_transformers",
+    "export_onnx": "onnxscript",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +45,15 @@ def test_an_example_does_what_it_says(name, digits_task, digits_file, request, t
     shutil.copy(digits_file, "model.fpk")
     if name in ("from_pretrained", "sentence_transformer"):
         shutil.copytree(request.getfixturevalue("encoder"), "small-encoder")
+    names = {}
+    if name == "export_onnx":
+        names["onnxruntime"] = pytest.importorskip("onnxruntime", reason="the example runs the graph in it")
     task = load_task(str(digits_task.path))
     torch.manual_seed(0)
     known = {
         "factorpack": factorpack, "torch": torch, "build_model": task.model, "batches": task.calibration(),
-        "inputs": task.calibration()[0], "targets": torch.zeros(100, dtype=torch.int64),
-    }  # fmt: skip
+        "batch": task.calibration()[0], "inputs": task.calibration()[0], "targets": torch.zeros(100, dtype=torch.int64),
+    } | names  # fmt: skip
     found = doctest.DocTestFinder(recurse=False).find(inspect.unwrap(getattr(factorpack, name)), name, globs=known)
     examples = [test for test in found if test.examples]
     assert examples, f"{name} has no example"

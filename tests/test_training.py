@@ -221,10 +221,10 @@ class Stopped:
 
 def test_ctrl_c_leaves_the_best_file_so_far(digits_task, file: Path, tmp_path: Path, monkeypatch) -> None:
     @contextmanager
-    def bars():
+    def bars(_console):
         yield Stopped(380)
 
-    monkeypatch.setattr("factorpack.cli._bars", bars)
+    monkeypatch.setattr("factorpack.cli.bars", bars)
     out = tmp_path / "stopped.fpk"
     found = run(*arguments(digits_task, file, out, "--json"))
     assert found.exit_code == 130, found.stderr
@@ -237,12 +237,12 @@ def test_ctrl_c_leaves_the_best_file_so_far(digits_task, file: Path, tmp_path: P
 
 def test_a_state_of_other_options_is_refused(digits_task, file: Path, tmp_path: Path, monkeypatch) -> None:
     @contextmanager
-    def bars():
+    def bars(_console):
         yield Stopped(60)
 
     out = tmp_path / "stopped.fpk"
     with monkeypatch.context() as patched:
-        patched.setattr("factorpack.cli._bars", bars)
+        patched.setattr("factorpack.cli.bars", bars)
         run(*arguments(digits_task, file, out))
     state = tmp_path / "stopped.fpk.training" / "state.pt"
     assert state.exists()

@@ -37,9 +37,10 @@ def export_onnx(path: str | Path, model: nn.Module, batch: object, out: str | Pa
     Raises FormatError and MismatchError as `load`, MismatchError where onnxruntime computes something else,
     UnsupportedError where torch cannot export the network or onnxruntime cannot run it.
 
-    >>> report = factorpack.export_onnx("model.fpk", build_model(), batch, "model.onnx")
-    >>> session = onnxruntime.InferenceSession("model.onnx")
-    >>> logits = session.run(None, {"x": batch.numpy()})[0]
+    Examples:
+        >>> report = factorpack.export_onnx("model.fpk", build_model(), batch, "model.onnx")
+        >>> session = onnxruntime.InferenceSession("model.onnx")
+        >>> logits = session.run(None, {"x": batch.numpy()})[0]
     """
     if mode not in MODES:
         raise UnsupportedError(f"{mode!r} is no mode of export: choose {' or '.join(MODES)}")
