@@ -29,6 +29,7 @@ ALLOWED = {
 }
 """By the first name below the package; what is missing here is composition."""
 COMPOSITION = {
+    "workers": {"cli", "curve", "cache", "pipeline", "search", "trained", "training"},
     "search": {"cli", "curve", "cache", "pipeline", "training"},
     "pipeline": {"cli", "curve", "cache", "training"},
     "cache": {"cli", "curve", "training"},

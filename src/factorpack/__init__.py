@@ -10,6 +10,7 @@ from factorpack.errors import (
     MismatchError,
     TaskError,
     UnsupportedError,
+    WorkerError,
 )
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ __all__ = [
     "TrainingOptions",
     "TrainingReport",
     "UnsupportedError",
+    "WorkerError",
     "compress",
     "finetune",
     "kept_dense",
