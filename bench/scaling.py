@@ -4,8 +4,8 @@
 
 Stacks of k layers Linear(512, 512) and ReLU, k = 3, 6, 12, ...; k = 384 has 101 million parameters. Each is
 compressed to 2 bits a weight by one job in a process of its own, after a stack of one layer that warms it up. CPU
-seconds mind other work on the machine less. Peak RSS is that of the whole process, PyTorch included. The last line is JSON;
-`doublings` and `cpu_doublings` hold each time over the one before it.
+seconds mind other work on the machine less. Peak RSS is that of the whole process, PyTorch included. The last line is
+JSON; `doublings` and `cpu_doublings` hold each time over the one before it.
 """
 
 import argparse

@@ -6,12 +6,15 @@ import socket
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from factorpack import Options, UnsupportedError, WorkerError, compress, workers
+from factorpack.cli import app
 from factorpack.errors import BudgetError
 from factorpack.pipeline import Source, one_thread, silent
 from factorpack.search import pack
@@ -19,6 +22,7 @@ from factorpack.task import load_task
 from factorpack.workers import ALONE, working
 
 SIZE = 6000
+PROCESSES = Path("/proc/self/stat").exists()
 SOURCES = str(Path(workers.__file__).resolve().parents[1])
 
 
@@ -46,20 +50,26 @@ def packed(source: Source, form: str, by, progress=silent) -> bytes:
         return pack(source.state(options, workers=by), size, options, progress, workers=by).data
 
 
+@pytest.fixture(scope="module")
+def alone(source):
+    """The bytes of one job, by form."""
+    return cache(lambda form: packed(source, form, ALONE))
+
+
 @pytest.mark.parametrize("form", ["auto", "direct", "sparse_pca", "svd", "vq", "separable"])
-def test_two_processes_give_the_bytes_of_one(source, two, form):
-    assert packed(source, form, two) == packed(source, form, ALONE)
+def test_two_processes_give_the_bytes_of_one(source, two, alone, form):
+    assert packed(source, form, two) == alone(form)
 
 
-def test_three_jobs_give_the_bytes_of_one(source):
+def test_three_jobs_give_the_bytes_of_one(source, alone):
     with working(3, "") as three:
         assert three.threads == 3
-        assert packed(source, "auto", three) == packed(source, "auto", ALONE)
+        assert packed(source, "auto", three) == alone("auto")
 
 
-def test_rows_are_rounded_by_processes_too(source, two, monkeypatch):
+def test_rows_are_rounded_by_processes_too(source, two, alone, monkeypatch):
     """The layers here are too small to be cut otherwise."""
-    whole = packed(source, "direct", ALONE)
+    whole = alone("direct")
     monkeypatch.setattr("factorpack.solve.sequential.ROWS_AT_ONCE", 8 * 5)
     sent = []
 
@@ -73,9 +83,23 @@ def test_rows_are_rounded_by_processes_too(source, two, monkeypatch):
     assert ("_drift_losses", 2) in sent
 
 
-def test_bare_weights_and_python_take_jobs(digits_network):
+def test_python_takes_jobs_without_data_too(digits_network):
     one, many = (compress(digits_network, SIZE, options=Options(jobs=jobs)) for jobs in (1, 2))
     assert one.data == many.data
+
+
+@pytest.mark.skipif(not PROCESSES, reason="processes are found in /proc")
+def test_no_process_is_left():
+    before = children(os.getpid())
+    with working(2, "") as by:
+        pids = set(by.map(own_pid, None, range(8)))
+        assert pids <= children(os.getpid())
+    assert not pids & children(os.getpid())
+    assert len(children(os.getpid())) <= len(before) + 1, "loky's tracker of resources alone may stay"
+
+
+def own_pid(_shared, _item):
+    return os.getpid()
 
 
 def refused(_shared, item):
@@ -133,7 +157,7 @@ def children(parent: int) -> set[int]:
     return found
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
+@pytest.mark.skipif(not PROCESSES, reason="processes are found in /proc")
 def test_an_interrupt_ends_the_workers(digits_task, tmp_path):
     arguments = ["compress", str(digits_task.path), "--size", "6KB", "--jobs", "2", "--form", "vq"]
     code = "from factorpack.cli import main; main()"
@@ -166,14 +190,16 @@ def free_port() -> int:
         return held.getsockname()[1]
 
 
-def test_a_cluster_that_is_not_there_is_told_of(monkeypatch):
+def test_a_cluster_that_is_not_there_is_an_error_of_one_line(digits_task, tmp_path, monkeypatch):
     pytest.importorskip("distributed", reason="Dask is missing: pip install factorpack[cluster]")
     monkeypatch.setattr(workers, "CONNECTING", 1)
-    with (
-        pytest.raises(WorkerError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:\d+: start one"),
-        working(1, f"tcp://127.0.0.1:{free_port()}"),
-    ):
-        pass
+    address = f"tcp://127.0.0.1:{free_port()}"
+    arguments = ["compress", str(digits_task.path), "--size", "6KB", "--cluster", address]
+    found = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "m.fpk")])
+    assert found.exit_code == 1
+    assert found.stderr.strip() == (
+        f"error: no Dask scheduler answers at {address}: start one (dask scheduler), or correct --cluster"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +247,7 @@ def test_a_worker_s_error_comes_through_the_cluster(cluster, patient):
         list(by.map(workers.check_jobs, -1, ["", ""]))
 
 
-def test_a_cluster_gives_the_same_bytes_though_a_worker_is_killed(source, cluster, patient):
+def test_a_cluster_gives_the_same_bytes_though_a_worker_is_killed(source, alone, cluster, patient):
     address, processes = cluster
     told = []
 
@@ -231,7 +257,7 @@ def test_a_cluster_gives_the_same_bytes_though_a_worker_is_killed(source, cluste
             processes[0].kill()
 
     with working(2, address) as by:
-        assert packed(source, "auto", by, progress) == packed(source, "auto", ALONE)
+        assert packed(source, "auto", by, progress) == alone("auto")
     assert processes[0].wait(10) == -signal.SIGKILL
     assert processes[1].poll() is None
     assert "rounding behind the prefix" in told

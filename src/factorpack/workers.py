@@ -89,28 +89,29 @@ def _unless_alone(spread: Map) -> Map:
 @contextmanager
 def _processes(jobs: int) -> Iterator[Map]:
     from joblib import Parallel, delayed, parallel_config
+    from joblib.externals.loky import get_reusable_executor
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-    with (
-        parallel_config("loky", n_jobs=jobs, inner_max_num_threads=1),
-        Parallel(return_as="generator", pre_dispatch=AHEAD * jobs, batch_size=1) as parallel,
-    ):
+    # Told to this one alone: what a task runs by joblib has settings of its own.
+    with parallel_config("loky", n_jobs=jobs, inner_max_num_threads=1):
+        parallel = Parallel(return_as="generator", pre_dispatch=AHEAD * jobs, batch_size=1)
+
+    def spread(function: Callable[[Any, Any], Any], shared: Any, items: Iterable[Any]) -> Iterator[Any]:
+        common = _packed(shared)
+        for found in parallel(delayed(_compute)(function, common, _packed(item)) for item in items):
+            yield pickle.loads(found.data)
+
+    try:
         with _interrupts_ignored():
             # All processes begin with the first parts, and load what they need meanwhile.
             begun = parallel(delayed(_kept)(part) for part in [_packed(None)] * jobs)
         deque(begun, maxlen=0)
-
-        def spread(function: Callable[[Any, Any], Any], shared: Any, items: Iterable[Any]) -> Iterator[Any]:
-            common = _packed(shared)
-            for found in parallel(delayed(_compute)(function, common, _packed(item)) for item in items):
-                yield pickle.loads(found.data)
-
-        try:
-            yield spread
-        except TerminatedWorkerError as error:
-            raise WorkerError(
-                "a worker process was ended, most likely for want of memory: ask for fewer --jobs"
-            ) from error
+        yield spread
+    except TerminatedWorkerError as error:
+        raise WorkerError("a worker process was ended, most likely for want of memory: ask for fewer --jobs") from error
+    finally:
+        # Else they would wait for minutes, and a process that is a child of another would wait for them.
+        get_reusable_executor(reuse=True).shutdown(kill_workers=True)
 
 
 @contextmanager
