@@ -3,10 +3,9 @@
     python bench/scaling.py --largest 16
 
 Stacks of k layers Linear(512, 512) and ReLU, k = 3, 6, 12, ...; k = 384 has 101 million parameters. Each is
-compressed to 2 bits a weight in a process of its own, after a stack of one layer that warms it up. PyTorch has one
-thread, forwards behind the prefix as many as there are processors. CPU seconds are those of all threads; they mind
-other work on the machine less. Peak RSS is that of the whole process, PyTorch included. The last line is JSON;
-`doublings` and `cpu_doublings` hold each time over the one before it.
+compressed to 2 bits a weight by one job in a process of its own, after a stack of one layer that warms it up. CPU
+seconds mind other work on the machine less. Peak RSS is that of the whole process, PyTorch included. The last line is
+JSON; `doublings` and `cpu_doublings` hold each time over the one before it.
 """
 
 import argparse

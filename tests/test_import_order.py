@@ -31,6 +31,7 @@ ALLOWED = {
 }
 """By the first name below the package; what is missing here is composition."""
 COMPOSITION = {
+    "workers": {"bench", "cli", "curve", "cache", "pipeline", "reporting", "search", "trained", "training", "hf"},
     "search": {"bench", "cli", "curve", "cache", "pipeline", "reporting", "training", "hf"},
     "pipeline": {"bench", "cli", "curve", "cache", "reporting", "training", "hf"},
     "cache": {"bench", "cli", "curve", "reporting", "training", "hf"},

@@ -8,7 +8,7 @@ import pytest
 
 import factorpack
 
-ERRORS = {"BudgetError", "FormatError", "MismatchError", "TaskError", "UnsupportedError"}
+ERRORS = {"BudgetError", "FormatError", "MismatchError", "TaskError", "UnsupportedError", "WorkerError"}
 NAMES = ERRORS | {"FactorpackError", "Options", "PackedModel", "Report", "compress", "load", "load_state_dict"}
 NAMES |= {"TrainableModel", "kept_dense", "resident_bytes", "save", "trainable"}
 NAMES |= {"PackedTensors", "open_file"}

@@ -10,6 +10,7 @@ from factorpack.errors import (
     MismatchError,
     TaskError,
     UnsupportedError,
+    WorkerError,
 )
 from factorpack.hf.hook import watch
 
@@ -44,6 +45,7 @@ __all__ = [
     "TrainingOptions",
     "TrainingReport",
     "UnsupportedError",
+    "WorkerError",
     "compress",
     "export_onnx",
     "finetune",

@@ -33,6 +33,7 @@ from factorpack.nn.state import State
 from factorpack.nn.statistics import Sample, Statistics, WeightStatistics
 from factorpack.pipeline import Source, one_thread
 from factorpack.search import Candidate, Options, Packed, Progress, Rung, pack, rates_of, resolved, rung
+from factorpack.workers import ALONE, Workers
 
 Note = Callable[[str], None]
 """Told in a sentence of what was found wrong and mended."""
@@ -97,7 +98,9 @@ def key_of(source: Source, options: Options) -> str:
         if isinstance(tensor, Tensor):
             _feed(digest, name)
             _feed(digest, tensor)
-    _feed(digest, [printed, source.batches, source.output, asdict(options), __version__])
+    # Where it is computed changes nothing.
+    asked = {name: value for name, value in asdict(options).items() if name not in ("jobs", "cluster")}
+    _feed(digest, [printed, source.batches, source.output, asked, __version__])
     return digest.hexdigest()
 
 
@@ -202,7 +205,7 @@ def _load_statistics(store: Store) -> Statistics | None:
     return Statistics(weights, fisher, content["predictions"], samples)
 
 
-def cached_state(store: Store, source: Source, options: Options, progress: Progress) -> State:
+def cached_state(store: Store, source: Source, options: Options, progress: Progress, workers: Workers = ALONE) -> State:
     """The state of `source`; its statistics come from the cache, and go there."""
 
     def keep(take: Callable[[], Statistics]) -> Statistics:
@@ -213,7 +216,7 @@ def cached_state(store: Store, source: Source, options: Options, progress: Progr
         return found
 
     with one_thread():
-        return source.state(options, progress, keep)
+        return source.state(options, progress, keep, workers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,11 +227,12 @@ class Analysis:
     state: State
     options: Options
     rungs: tuple[Rung, ...]
+    workers: Workers = ALONE
 
     def pack(self, size_bytes: int, progress: Progress) -> Packed:
         """The file of at most `size_bytes`. Raises BudgetError where that cannot be met."""
         with one_thread():
-            return pack(self.state, size_bytes, self.options, progress, self.rungs)
+            return pack(self.state, size_bytes, self.options, progress, self.rungs, self.workers)
 
     @property
     def reach(self) -> tuple[int, int]:
@@ -246,13 +250,15 @@ def _save_rung(store: Store, name: str, found: Rung, needed: Sequence[str]) -> N
     store.save(name, content, {} if data is None else {".fpk": data})
 
 
-def analyse(source: Source, options: Options, folder: Path, progress: Progress, note: Note) -> Analysis:
+def analyse(
+    source: Source, options: Options, folder: Path, progress: Progress, note: Note, workers: Workers = ALONE
+) -> Analysis:
     """The analysis of `source`, from the cache in `folder` as far as it is there; what is made anew is put there.
 
     Candidates come from the cache even where they were just made, so that a first run gives the bytes of a second.
     """
     store = opened(source, options, folder, note)
-    state = cached_state(store, source, options, progress)
+    state = cached_state(store, source, options, progress, workers)
     if not state.layers:
         raise UnsupportedError(
             "there are no weights to analyse, every tensor is small or kept exactly: ask for a --size without --cache "
@@ -272,7 +278,7 @@ def analyse(source: Source, options: Options, folder: Path, progress: Progress, 
         return weight
 
     def candidate(name: str, layer: str, form: str, loss: float, size_bytes: float, rate: float) -> Candidate:
-        again = partial(resolved, state.layers, layer, form, rate, options.rank)
+        again = partial(resolved, state.layers, layer, form, rate, options.rank, workers.map)
         return Candidate(form, loss, size_bytes, rate, partial(held, name, layer) if layer in needed else again)
 
     with one_thread():
@@ -286,9 +292,9 @@ def analyse(source: Source, options: Options, folder: Path, progress: Progress, 
             name = f"rung-{place:02}"
             content = store.load(name)
             if content is None:
-                _save_rung(store, name, rung(state, rate, options, progress), needed)
+                _save_rung(store, name, rung(state, rate, options, progress, workers), needed)
                 content = store.load(name)
             layers = {layer: candidate(name, layer, *content["layers"][layer]) for layer in state.layers}
             rungs.append(Rung(content["rate"], content["size_bytes"], layers))
         progress("analysis", len(rates), len(rates))
-    return Analysis(store, state, options, tuple(rungs))
+    return Analysis(store, state, options, tuple(rungs), workers)

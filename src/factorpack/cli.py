@@ -60,6 +60,13 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Exclude = Annotated[
     list[str] | None, typer.Option(metavar="PATTERN", help="Keep tensors of such names exactly; may be repeated.")
 ]
+Jobs = Annotated[
+    int, typer.Option(metavar="N", help="Cores to use. The file is the same; each takes 0.3 GB of memory and more.")
+]
+Cluster = Annotated[
+    str,
+    typer.Option(metavar="tcp://HOST:PORT", help="A Dask scheduler, whose workers then do what processes would."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 
 
@@ -268,6 +275,8 @@ def compress(
         bool,
         typer.Option("--keep-batch-norms", help="Store all four numbers a channel of them, for training to go on."),
     ] = False,
+    jobs: Jobs = 1,
+    cluster: Cluster = "",
     as_json: Json = False,
 ) -> None:
     """Compress a trained network to a file of at most the size that is asked for."""
@@ -287,7 +296,7 @@ def compress(
     if resume and cache is not None and not cache.exists():
         _note(f"there is nothing to resume in {cache}: the run begins anew, and can be gone on with from now on")
     goal = Goal(parse_size(size) if size else 0, ratio, max_drop, _read_plan(plan) if plan else None)
-    options = Options(form, solver, seed, tuple(exclude or ()), keep_batch_norms, rank)
+    options = Options(form, solver, seed, tuple(exclude or ()), keep_batch_norms, rank, jobs, cluster)
     folder = read_folder(Path(task))
     whole = folder is not None and out.suffix != ".fpk"
     if calibrate is not None and folder is None:
@@ -370,21 +379,24 @@ def curve(
     form: Form = "auto",
     seed: Seed = 0,
     exclude: Exclude = None,
+    jobs: Jobs = 1,
+    cluster: Cluster = "",
     as_json: Json = False,
 ) -> None:
     """Make and score files of several sizes from one analysis; a run that was stopped goes on where it was."""
     from factorpack.cache import analyse
     from factorpack.curve import check_points, draw_curve, require_plots, sizes_between
     from factorpack.search import Options
+    from factorpack.workers import working
 
     require_plots()
     check_points(points)
     sizes = sorted({parse_size(text) for text in size or ()})
-    options = Options(form, "sequential", seed, tuple(exclude or ()))
-    with bars(notes) as progress:
+    options = Options(form, "sequential", seed, tuple(exclude or ()), jobs=jobs, cluster=cluster)
+    with working(jobs, cluster) as workers, bars(notes) as progress:
         loaded, source = _source(task, "a curve")
         assert loaded is not None
-        analysis = analyse(source, options, out, progress, _note)
+        analysis = analyse(source, options, out, progress, _note, workers)
 
         def again(wanted: int) -> str:
             chosen = [part for pattern in options.exclude for part in ("--exclude", pattern)]

@@ -25,6 +25,7 @@ from factorpack.pipeline import Source, dense_bytes, load, one_thread
 from factorpack.plan import ModelPlan
 from factorpack.search import Options, Packed, Progress, pack, pack_plan
 from factorpack.task import Scores, Task
+from factorpack.workers import Workers, working
 
 EVALUATIONS = 8
 """At most that many files are scored to find one; two more tell how much scores vary."""
@@ -320,34 +321,39 @@ class Workshop:
     def made(self, goal: Goal, task: Task | None) -> tuple[Packed, State, Kept | None]:
         """The file, the state that it holds, and what was found out where a score of `task` decided.
 
-        Raises BudgetError where the goal cannot be met, MismatchError for a plan of another model.
+        Raises BudgetError where the goal cannot be met, MismatchError for a plan of another model, WorkerError where
+        workers cannot be had.
         """
+        with working(self.options.jobs, self.options.cluster) as workers:
+            return self._made(goal, task, workers)
+
+    def _made(self, goal: Goal, task: Task | None, workers: Workers) -> tuple[Packed, State, Kept | None]:
         if goal.plan is not None:
-            return self._planned(goal.plan)
+            return self._planned(goal.plan, workers)
         if goal.max_drop is not None:
             assert task is not None, "a score decides"
             with tempfile.TemporaryDirectory() as folder:
-                analysis = self._analysis(self.cache or Path(folder))
+                analysis = self._analysis(self.cache or Path(folder), workers)
                 kept = keep_score(task, analysis, goal.max_drop, self.progress)
                 return kept.packed, analysis.state, kept
         if self.cache is not None:
-            analysis = self._analysis(self.cache)
+            analysis = self._analysis(self.cache, workers)
             return analysis.pack(goal.bytes_of(analysis.state), self.progress), analysis.state, None
         with one_thread():
-            state = self.source.state(self.options, self.progress)
-            return pack(state, goal.bytes_of(state), self.options, self.progress), state, None
+            state = self.source.state(self.options, self.progress, workers=workers)
+            return pack(state, goal.bytes_of(state), self.options, self.progress, workers=workers), state, None
 
-    def _analysis(self, folder: Path) -> Analysis:
-        return analyse(self.source, self.options, folder, self.progress, self.note)
+    def _analysis(self, folder: Path, workers: Workers) -> Analysis:
+        return analyse(self.source, self.options, folder, self.progress, self.note, workers)
 
-    def _planned(self, plan: ModelPlan) -> tuple[Packed, State, None]:
+    def _planned(self, plan: ModelPlan, workers: Workers) -> tuple[Packed, State, None]:
         # Statistics as they were when the plan was made.
         options = replace(self.options, seed=plan.seed)
         if self.cache is None:
             with one_thread():
-                state = self.source.state(options, self.progress)
+                state = self.source.state(options, self.progress, workers=workers)
         else:
             store = opened(self.source, options, self.cache, self.note)
-            state = cached_state(store, self.source, options, self.progress)
+            state = cached_state(store, self.source, options, self.progress, workers)
         with one_thread():
-            return pack_plan(state, plan, options, self.progress), state, None
+            return pack_plan(state, plan, options, self.progress, workers), state, None

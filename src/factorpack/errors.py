@@ -5,7 +5,8 @@ FactorpackError
 ├── MismatchError    a file and a model, or two shapes, do not belong together
 ├── BudgetError      the size or score asked for cannot be met
 ├── TaskError        a task cannot be loaded or lacks a function
-└── UnsupportedError something that Factorpack does not do, with what to do instead
+├── UnsupportedError something that Factorpack does not do, with what to do instead
+└── WorkerError      worker processes or a cluster cannot be had, or were lost
 """
 
 
@@ -31,3 +32,7 @@ class TaskError(FactorpackError):
 
 class UnsupportedError(FactorpackError):
     """Something that Factorpack does not do; the message says what to do instead."""
+
+
+class WorkerError(FactorpackError):
+    """Worker processes or a cluster cannot be had, or were lost."""

@@ -26,6 +26,7 @@ from factorpack.nn.stored import Shaped, StoredTensors
 from factorpack.plan import ModelPlan
 from factorpack.search import Options, Packed, Progress, pack
 from factorpack.task import Evaluate, Scores, as_scores, checked_output
+from factorpack.workers import ALONE, Workers, working
 
 MODES = ("dense", "on-the-fly")
 WEIGHTS_SHOWN = 8
@@ -117,7 +118,10 @@ class Source:
     batches: Sequence[object] | None = None
     output: str = "logits"
 
-    def state(self, options: Options, progress: Progress = silent, keep: Keep = lambda take: take()) -> State:
+    def state(
+        self, options: Options, progress: Progress = silent, keep: Keep = lambda take: take(),
+        workers: Workers = ALONE,
+    ) -> State:  # fmt: skip
         """What is to be stored, and what calibration says of it.
 
         Works on a copy of the network, in eval mode, with its batch norms folded unless the options keep them.
@@ -131,16 +135,20 @@ class Source:
             fold_batch_norms(model, lambda name: any(fnmatchcase(name, pattern) for pattern in options.exclude))
         if self.batches is None:
             return read_state(model.state_dict(keep_vars=True), model, None, options.exclude)
-        statistics = keep(lambda: self._observed(model, options.seed, progress))
+        statistics = keep(lambda: self._observed(model, options.seed, progress, workers))
         state = read_state(model.state_dict(keep_vars=True), model, statistics, options.exclude)
-        return replace(state, prefix=Prefix(model, self.batches, statistics))
+        return replace(state, prefix=Prefix(model, self.batches, statistics, workers.threads))
 
-    def _observed(self, model: nn.Module, seed: int, progress: Progress) -> Statistics:
+    def _observed(self, model: nn.Module, seed: int, progress: Progress, workers: Workers) -> Statistics:
         assert self.batches is not None
         total = len(self.batches)
         done = iter(range(1, total + 1))
         progress("calibration", 0, total)
-        return collect(model, self.batches, self.output, seed, lambda: progress("calibration", next(done), total))
+
+        def told() -> None:
+            progress("calibration", next(done), total)
+
+        return collect(model, self.batches, self.output, seed, told, workers.threads)
 
 
 @contextmanager
@@ -226,9 +234,9 @@ def compress(
     checked_output(output, "compress")
     start = time.perf_counter()
     batches = None if calibration is None else list(calibration)
-    with one_thread(), _watched(progress) as told:
-        state = Source(model, batches, output).state(chosen, told)
-        packed = pack(state, size, chosen, told)
+    with one_thread(), working(chosen.jobs, chosen.cluster) as workers, _watched(progress) as told:
+        state = Source(model, batches, output).state(chosen, told, workers=workers)
+        packed = pack(state, size, chosen, told, workers=workers)
     seconds = time.perf_counter() - start
 
     def score(path: Path) -> Scores:

@@ -1,10 +1,11 @@
 """The search over λ: candidates of every layer, until the file has the size that was asked for."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,8 +22,10 @@ from factorpack.nn.state import State
 from factorpack.plan import FORMS, RANK_RULES, LayerPlan, ModelPlan
 from factorpack.solve.layer import Layer, Met
 from factorpack.solve.projected_gradient import FORMS as DESCENT_FORMS
+from factorpack.solve.sequential import Map, in_turn
 from factorpack.solve.vectors import quantise
 from factorpack.tiling import Tiling
+from factorpack.workers import ALONE, Workers, check_jobs
 
 PRICED_RADIUS = 31
 """Integers beyond pay what the outermost of these does."""
@@ -67,7 +70,11 @@ class Options:
     `keep_batch_norms` stores all four numbers a channel, for training to go on; two say the same in eval mode. `rank`
     says what decides the rank of form `svd`: "rate", the λ that leads to it, or "vbmf" (`solve.vbmf`), at any λ alike.
 
-    Raises UnsupportedError for a form, solver or rule of ranks that does not exist, or one of these without its forms.
+    `jobs` is how many cores are used, by processes and by threads; `cluster` the address of a Dask scheduler, as
+    "tcp://HOST:PORT", whose workers then take the place of the processes. The bytes depend on neither.
+
+    Raises UnsupportedError for a form, solver or rule of ranks that does not exist, or one of these without its forms,
+    and for what is no number of jobs or no address.
     """
 
     form: str = "auto"
@@ -76,6 +83,8 @@ class Options:
     exclude: tuple[str, ...] = ()
     keep_batch_norms: bool = False
     rank: str = "rate"
+    jobs: int = 1
+    cluster: str = ""
 
     def __post_init__(self) -> None:
         if self.form not in ("auto", *FORMS):
@@ -90,6 +99,7 @@ class Options:
             raise UnsupportedError(
                 f"ranks by {self.rank} are for form svd by sequential rounding: choose --form svd, or --rank rate"
             )
+        check_jobs(self.jobs, self.cluster)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +146,33 @@ def _candidate(layer: Layer, weight: FactoredWeight, rate: float) -> Candidate:
     return Candidate(weight.form, layer.loss(weight), predicted_bits(weight) / 8, rate, partial(_same, weight))
 
 
+_Outlined = tuple[str, float, float, FactoredWeight | None]
+"""Form, loss and predicted bytes of a candidate, and its weight where that is to be held."""
+
+
+def _outlined(layer: Layer, weight: FactoredWeight, held: bool) -> _Outlined:
+    return weight.form, layer.loss(weight), predicted_bits(weight) / 8, weight if held else None
+
+
+def _solved(asked: tuple[float, str, bool], item: tuple[Layer, str]) -> _Outlined:
+    """A layer in a form at λ = `rate`; see `plan.RANK_RULES` for `rank_by`."""
+    (rate, rank_by, held), (layer, form) = asked, item
+    return _outlined(layer, _Search._reachable(layer, rank_by)[form](rate), held)
+
+
+def _ladder(options: Options, layer: Layer) -> Iterator[FactoredWeight]:
+    """The weights of a layer that no λ leads to."""
+    generator = torch.Generator().manual_seed(options.seed)
+    if options.solver == "projected-gradient":
+        return layer.descents(options.form, generator)
+    return layer.codebooks(generator)
+
+
+def _climbed(asked: tuple[Options, bool], layer: Layer) -> list[_Outlined]:
+    options, held = asked
+    return [_outlined(layer, weight, held) for weight in _ladder(options, layer)]
+
+
 @dataclass(frozen=True)
 class _Record:
     """The bytes of a weight, and what a plan tells of it."""
@@ -146,7 +183,7 @@ class _Record:
     depth: int
 
 
-def _record(weight: FactoredWeight) -> _Record:
+def _record(_: None, weight: FactoredWeight) -> _Record:
     grid = getattr(weight.codes, "grid", weight.basis.grid)
     return _Record(encode_weight(weight), float(grid.steps[0]), weight.codes.shape[0], weight.tiling.depth)
 
@@ -176,6 +213,7 @@ class _Search:
     state: State
     options: Options
     progress: Progress
+    workers: Workers = ALONE
     found: dict[str, list[Candidate]] = field(default_factory=dict)
     records: WeakKeyDictionary[Candidate, _Record] = field(default_factory=WeakKeyDictionary)
     settled: set[str] = field(default_factory=set)
@@ -186,44 +224,60 @@ class _Search:
     def __post_init__(self) -> None:
         self.found = {name: [] for name in self.state.layers}
 
-    def _solved(self, layer: Layer, rate: float) -> list[Candidate]:
-        """The candidates of `layer` at λ = `rate`."""
-        solvers = self._solvers(layer)
-        return [self._told(layer, solve(rate), rate, self.options.rank) for solve in solvers.values()]
+    @property
+    def _held(self) -> bool:
+        """Whether candidates hold their weights: where these will most likely be needed, and there is memory for them.
 
-    def _told(self, layer: Layer, weight: FactoredWeight, rate: float, rank_by: str) -> Candidate:
-        """The candidate; it holds the weight only where that will most likely be needed and there is memory for it."""
-        found = _candidate(layer, weight, rate)
-        # A walk solves its layers again, and of stored ones no more than one is to be held.
-        if not self.met and not self.state.stored:
-            return found
-        return replace(found, make=partial(resolved, self.state.layers, layer.name, weight.form, rate, rank_by))
+        A walk solves its layers again, and of stored ones no more than one is to be held.
+        """
+        return not self.met and not self.state.stored
+
+    def _told(self, name: str, found: _Outlined, rate: float) -> Candidate:
+        form, loss, size_bytes, weight = found
+        if weight is not None:
+            return Candidate(form, loss, size_bytes, rate, partial(_same, weight))
+        again = partial(resolved, self.state.layers, name, form, rate, self.options.rank, self.workers.map)
+        return Candidate(form, loss, size_bytes, rate, again)
+
+    def _solve(self, names: Iterable[str], rate: float, stage: str | None = None) -> None:
+        """Adds the candidates of these layers at λ = `rate`, the largest layers first: they take longest."""
+        shapes = self.state.shapes
+        order = sorted(names, key=lambda name: -math.prod(shapes[name]))
+        told: deque[tuple[str, bool]] = deque()
+        items = chain.from_iterable(self._asked(name, told) for name in order)
+        asked = (rate, self.options.rank, self._held)
+        settled = len(shapes) - len(order)
+        for found in self.workers.map(_solved, asked, items):
+            name, last = told.popleft()
+            self.found[name].append(self._told(name, found, rate))
+            if last and stage is not None:
+                settled += 1
+                self.progress(stage, settled, len(shapes))
+
+    def _asked(self, name: str, told: deque[tuple[str, bool]]) -> Iterator[tuple[Layer, str]]:
+        """A layer with each form that it is solved in; `told` gets its name for each, and which one is the last."""
+        layer = self.state.layers[name]
+        forms = list(self._solvers(layer))
+        for form in forms:
+            told.append((name, form == forms[-1]))
+            yield layer, form
 
     def ladder(self) -> None:
         """The candidates that no λ leads to: codebooks, and every form by projected gradients."""
-        form, layers = self.options.form, self.state.layers
-        for done, name in enumerate(layers):
-            self.progress(f"{form}, {self.options.solver}", done, len(layers))
-            self._climb(name, layers[name])
-        self.progress(f"{form}, {self.options.solver}", len(layers), len(layers))
-
-    def _climb(self, name: str, layer: Layer) -> None:
-        for place, weight in enumerate(self._ladder(layer)):
-            found = _candidate(layer, weight, 0.0)
-            if self.state.stored:
-                found = replace(found, make=partial(self._rung, name, place))
-            self.found[name].append(found)
-            self.settled.add(name)
-
-    def _ladder(self, layer: Layer) -> Iterator[FactoredWeight]:
-        generator = torch.Generator().manual_seed(self.options.seed)
-        if self.options.solver == "projected-gradient":
-            return layer.descents(self.options.form, generator)
-        return layer.codebooks(generator)
+        layers = self.state.layers
+        stage = f"{self.options.form}, {self.options.solver}"
+        self.progress(stage, 0, len(layers))
+        climbed = self.workers.map(_climbed, (self.options, not self.state.stored), map(layers.__getitem__, layers))
+        for done, (name, found) in enumerate(zip(layers, climbed, strict=True), 1):
+            for place, (form, loss, size_bytes, weight) in enumerate(found):
+                make = partial(self._rung, name, place) if weight is None else partial(_same, weight)
+                self.found[name].append(Candidate(form, loss, size_bytes, 0.0, make))
+                self.settled.add(name)
+            self.progress(stage, done, len(layers))
 
     def _rung(self, name: str, place: int) -> FactoredWeight:
         """The weight at that place of a layer's ladder; what comes before it is drawn from the same generator."""
-        return next(islice(self._ladder(self.state.layers[name]), place, None))
+        return next(islice(_ladder(self.options, self.state.layers[name]), place, None))
 
     @property
     def laddered(self) -> bool:
@@ -231,14 +285,12 @@ class _Search:
 
     def at(self, rate: float) -> float:
         """Solves every layer at λ = `rate`; the bytes of the cheapest candidates at that λ."""
-        total = 0.0
-        layers = self.state.layers
-        for done, name in enumerate(layers):
-            self.progress("rounding", done, len(layers))
-            if name not in self.settled:
-                self.found[name] += self._solved(layers[name], rate)
-            total += _cheapest(self.found[name], rate).size_bytes
-        self.progress("rounding", len(layers), len(layers))
+        names = list(self.state.layers)
+        wanted = [name for name in names if name not in self.settled]
+        for done in range(len(names) - len(wanted) + 1):
+            self.progress("rounding", done, len(names))
+        self._solve(wanted, rate, "rounding")
+        total = sum(_cheapest(self.found[name], rate).size_bytes for name in names)
         return total + predicted_vector_bits(list(self.vectors(rate).values())) / 8
 
     @cached_property
@@ -255,9 +307,10 @@ class _Search:
         each other's very errors, so they only fit together.
         """
         chosen: dict[str, Candidate] = {}
-        for name in [name for name in self.state.layers if name not in self.met]:
-            if not any(1 / NEARBY < candidate.rate / rate < NEARBY for candidate in self.found[name]):
-                self.found[name] += self._solved(self.state.layers[name], rate)
+        alone = [name for name in self.state.layers if name not in self.met]
+        far = [name for name in alone if not any(1 / NEARBY < c.rate / rate < NEARBY for c in self.found[name])]
+        self._solve(far, rate)
+        for name in alone:
             weight = _cheapest(self.found[name], rate).make()
             chosen[name] = replace(_cheapest(self.found[name], rate), make=partial(_same, weight))
         # The form that wins without the prefix wins with it: the weight hardly changes.
@@ -302,12 +355,20 @@ class _Search:
         def solved(name: str, layer: Layer) -> Candidate:
             decided = plan.layers[name]
             weight = self._reachable(layer, plan.rank_by)[decided.form](decided.rate)
-            if self.state.stored:
-                return self._told(layer, weight, decided.rate, plan.rank_by)
-            return _candidate(layer, weight, decided.rate)
+            found = _candidate(layer, weight, decided.rate)
+            if not self.state.stored:
+                return found
+            again = partial(
+                resolved, self.state.layers, name, decided.form, decided.rate, plan.rank_by, self.workers.map
+            )
+            return replace(found, make=again)
 
         alone = [name for name in self.state.layers if not plan.behind_prefix or name not in self.met]
-        return self._behind(plan.rate, {name: solved(name, self.state.layers[name]) for name in alone}, solved)
+        return self._behind(plan.rate, {name: solved(name, self._spread(name)) for name in alone}, solved)
+
+    def _spread(self, name: str) -> Layer:
+        """A layer whose parts go to the workers."""
+        return replace(self.state.layers[name], each=self.workers.map)
 
     @staticmethod
     def _at(solve: Callable[[float], FactoredWeight], layer: Layer, rate: float) -> Candidate:
@@ -328,12 +389,12 @@ class _Search:
 
             def solve(name: str, met: Met) -> np.ndarray:
                 self.progress("rounding behind the prefix", len(chosen) - alone, len(self.met))
-                chosen[name] = solved(name, layers[name].behind(met, followed=len(chosen) < len(layers) - 1))
+                chosen[name] = solved(name, layers[name].behind(met, len(chosen) < len(layers) - 1, self.workers.map))
                 return chosen[name].make().tensor()
 
             prefix.walk(self.met, placed, solve)
             self.progress("rounding behind the prefix", len(self.met), len(self.met))
-        return {name: chosen.get(name) or solved(name, layers[name]) for name in layers}
+        return {name: chosen.get(name) or solved(name, self._spread(name)) for name in layers}
 
     @staticmethod
     def _reachable(layer: Layer, rank_by: str) -> dict[str, Callable[[float], FactoredWeight]]:
@@ -398,9 +459,9 @@ class _Search:
         return Contents({name: stored[name] for name in state.dtypes if name in stored}, state.dtypes, aliases)
 
     def _written(self, chosen: Mapping[str, Candidate], small: Mapping[str, FactoredVector]) -> bytes:
-        for candidate in chosen.values():
-            if candidate not in self.records:
-                self.records[candidate] = _record(candidate.make())
+        missing = [candidate for candidate in chosen.values() if candidate not in self.records]
+        made = self.workers.map(_record, None, (candidate.make() for candidate in missing))
+        self.records.update(zip(missing, made, strict=True))
         shapes = self.state.shapes
         contents = self._contents({name: _outline(shapes[name]) for name in chosen}, small)
         return to_bytes(contents, [self.records[chosen[name]].data for name in contents.tensors if name in chosen])
@@ -458,21 +519,24 @@ def rates_of(state: State) -> list[float]:
     return [coarsest / 2 ** (step / 2) for step in range(1 + math.ceil(2 * math.log2(coarsest / finest)))]
 
 
-def rung(state: State, rate: float, options: Options, progress: Progress) -> Rung:
+def rung(state: State, rate: float, options: Options, progress: Progress, workers: Workers = ALONE) -> Rung:
     """Every layer at λ = `rate`, by itself."""
-    search = _Search(state, options, progress)
+    search = _Search(state, options, progress, workers)
     size = search.at(rate) + search.overhead(rate)
     return Rung(rate, size, {name: _cheapest(found, rate) for name, found in search.found.items()})
 
 
-def pack(state: State, size_bytes: int, options: Options, progress: Progress, rungs: Sequence[Rung] = ()) -> Packed:
+def pack(
+    state: State, size_bytes: int, options: Options, progress: Progress, rungs: Sequence[Rung] = (),
+    workers: Workers = ALONE,
+) -> Packed:  # fmt: skip
     """The best file of at most `size_bytes` for a state.
 
     λ is searched by the secant of log size over log λ, or looked up between `rungs` of an analysis. Layers are then
     solved behind the compressed prefix; where there is none, all candidates met compete.
     Raises BudgetError, with the smallest size, where the size cannot be met.
     """
-    search = _Search(state, options, progress)
+    search = _Search(state, options, progress, workers)
     if search.laddered:
         search.ladder()
     goal = max(size_bytes * (1 - TOLERANCE / 2), 1.0)
@@ -627,18 +691,23 @@ def _smallest(search: _Search) -> tuple[bytes, dict[str, Candidate]]:
     return search._written(chosen, search.vectors(LARGEST_RATE)), chosen
 
 
-def resolved(layers: Mapping[str, Layer], name: str, form: str, rate: float, rank_by: str) -> FactoredWeight:
-    """The weight of a layer in a form that λ leads to, solved at λ = `rate`; see `plan.RANK_RULES` for `rank_by`."""
-    return _Search._reachable(layers[name], rank_by)[form](rate)
+def resolved(
+    layers: Mapping[str, Layer], name: str, form: str, rate: float, rank_by: str, each: Map = in_turn
+) -> FactoredWeight:
+    """The weight of a layer in a form that λ leads to, solved at λ = `rate`, its parts called for by `each`.
+
+    See `plan.RANK_RULES` for `rank_by`.
+    """
+    return _Search._reachable(replace(layers[name], each=each), rank_by)[form](rate)
 
 
-def pack_plan(state: State, plan: ModelPlan, options: Options, progress: Progress) -> Packed:
+def pack_plan(state: State, plan: ModelPlan, options: Options, progress: Progress, workers: Workers = ALONE) -> Packed:
     """The file that a plan describes: each layer in its form at its λ, whatever size that gives.
 
     Raises MismatchError where the plan is of other layers or a λ is no positive number, UnsupportedError for forms
     that no λ leads to.
     """
-    search = _Search(state, options, progress)
+    search = _Search(state, options, progress, workers)
     if set(plan.layers) != set(state.layers):
         odd = sorted(set(plan.layers) ^ set(state.layers))
         raise MismatchError(f"the plan is not of this model: {odd[0]!r} is only in one of them")

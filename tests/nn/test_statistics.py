@@ -399,3 +399,40 @@ def test_progress_is_told_of_every_batch() -> None:
     told = []
     collect(nn.Linear(3, 2), [rand(4, 3)] * 3, "embedding", 0, lambda: told.append(1))
     assert len(told) == 3
+
+
+class Failing(nn.Module):
+    """Fails on batches of three samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 3:
+            raise ValueError("three")
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("most", [8192, 10], ids=["no draws in backward", "draws in backward"])
+def test_batches_side_by_side_give_the_bits_of_one_after_another(most, monkeypatch):
+    monkeypatch.setattr("factorpack.nn.statistics.ROWS_PER_CALL", most)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 5))
+    batches = [rand(size, 2, 8, 8) for size in (5, 2, 9, 1, 4, 3)]
+    one, *others = (collect(model, batches, "logits", 0, threads=threads) for threads in (1, 2, 7))
+    for other in others:
+        assert other.predictions == one.predictions
+        assert list(other.samples) == list(one.samples)
+        assert all(torch.equal(other.samples[place].chosen, one.samples[place].chosen) for place in one.samples)
+        assert all(torch.equal(other.fisher[name], one.fisher[name]) for name in one.fisher)
+        for name, seen in one.weights.items():
+            assert torch.equal(other.weights[name].moments, seen.moments)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_batch_that_fails_among_others_is_named(threads):
+    batches = [rand(size, 4) for size in (2, 5, 3, 2, 4)]
+    with pytest.raises(TaskError, match="^calibration batch 3: the model failed on it: ValueError: three$"):
+        collect(Failing(), batches, "embedding", 0, threads=threads)

@@ -14,7 +14,6 @@ for: Li et al. 2025, GPTAQ; Zhang et al. 2025, Qronos.)
 """
 
 import copy
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -150,11 +149,15 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """The network `model`, in eval mode, its calibration `batches`, and the `statistics` that were taken of them."""
+    """The network `model`, in eval mode, its calibration `batches`, and the `statistics` that were taken of them.
+
+    So many `threads` at a time run it.
+    """
 
     model: nn.Module
     batches: Sequence[object]
     statistics: Statistics
+    threads: int = 1
 
     @property
     def names(self) -> frozenset[str]:
@@ -186,7 +189,7 @@ class Prefix:
         for name, values in placed.items():
             tensors[name].data.copy_(torch.from_numpy(values).reshape(tensors[name].shape))
         with (
-            ThreadPoolExecutor(os.cpu_count()) as pool,
+            ThreadPoolExecutor(self.threads) as pool,
             _runs(self.model, self.batches, names) as originals,
             _runs(compressed, self.batches, names) as follows,
         ):
@@ -243,7 +246,7 @@ class Prefix:
 
 
 def _advance(pool: ThreadPoolExecutor, runs: Sequence[_Run]) -> None:
-    """All of them to their next pause, as many at a time as there are processors."""
+    """All of them to their next pause, as many at a time as the pool has threads."""
     for _ in pool.map(_Run.advance, runs):
         pass
 

@@ -15,10 +15,14 @@ Samples are independent and their gradients have mean zero, so the squared gradi
 sum over its samples.
 """
 
+import copy
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -99,6 +103,16 @@ class _Sums:
         self.moments[group] += scale * (rows.T @ rows).cpu()
         self.positions[group] += scale * len(rows)
 
+    def merge(self, other: "_Sums") -> None:
+        """Adds what a later batch met; nothing where that was in another layout."""
+        if (self.groups, self.inputs, self.transposed) != (other.groups, other.inputs, other.transposed):
+            return
+        self.moments += other.moments
+        self.positions += other.positions
+        self.uses += other.uses
+        if other.counts is not None:
+            self.counts = other.counts if self.counts is None else self.counts + other.counts
+
     def finish(self) -> WeightStatistics:
         """The means; a weight that is both looked up and multiplied gets both by their positions.
 
@@ -127,25 +141,26 @@ ATTENTION = ("query", "key", "value", "embed_dim_to_check", "num_heads", "in_pro
 
 
 class _Observer(TorchFunctionMode):
-    """Watches the calls that use a parameter as a weight; adds up their inputs during backward.
+    """Watches the calls of batch number `batch` that use a parameter as a weight; adds up their inputs during backward.
 
     Backward, because only there is it known which positions reach the output.
     """
 
-    def __init__(self, names: dict[int, str], generator: torch.Generator) -> None:
+    def __init__(self, names: dict[int, str], batch: int, generator: torch.Generator) -> None:
         super().__init__()
         self.names = Names(names)
+        self.batch = batch
         self.generator = generator
         self.sums: dict[str, _Sums] = {}
         self.samples: dict[Place, Sample] = {}
-        self.batch = 0
         self.met: Counter[str] = Counter()
+        self.most = 0
+        """Positions of one call, at most."""
 
-    def begin(self, batch: int) -> None:
-        """What is seen from now on is of batch number `batch`."""
-        self.batch = batch
-        self.met.clear()
-        self.names.views.clear()
+    @property
+    def draws(self) -> bool:
+        """Whether backward may need the generator."""
+        return self.most > ROWS_PER_CALL
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -196,6 +211,7 @@ class _Observer(TorchFunctionMode):
     def _use(self, use: Dense | Convolution, out: Tensor) -> None:
         place = (use.name, self.batch, self.met[use.name])
         self.met[use.name] += 1
+        self.most = max(self.most, out.numel() // max(out.shape[use.axis], 1))
 
         def hook(gradient: Tensor) -> None:
             chosen, scale = self._positions(use.reached(gradient))
@@ -219,6 +235,7 @@ class _Observer(TorchFunctionMode):
         x, groups = call["input"].detach(), call.get("groups", 1)
         if x.ndim == axes + 1:
             x = x[None]
+        self.most = max(self.most, x.numel() // max(x.shape[1], 1))
 
         def hook(_: Tensor) -> None:
             pixels = x.movedim(1, -1).reshape(-1, x.shape[1])
@@ -240,6 +257,7 @@ class _Observer(TorchFunctionMode):
         if not out.requires_grad:
             return
         parts = [call[part].detach() for part in ("query", "key", "value")]
+        self.most = max(self.most, *(part.shape[:-1].numel() for part in parts))
         uses = [(call.get(f"{letter}_proj_weight"), [part]) for letter, part in zip("qkv", parts, strict=True)]
         for weight, met in [(call.get("in_proj_weight"), parts), *uses]:
             if name := self.names.of(weight):
@@ -333,56 +351,121 @@ def _check_output(out: Tensor, model: nn.Module, batch: object) -> None:
         )
 
 
-def _observe(
-    model: nn.Module, batch: object, observer: _Observer, output: str, generator: torch.Generator,
-    fisher: Mapping[str, Tensor],
-) -> int:  # fmt: skip
-    """One forward and one backward: adds squared gradients to `fisher`, by name; the rows of output that were seen.
+class _Turns:
+    """Hands the generator from batch to batch, in their order: draws are those of one batch after another."""
 
-    Raises TaskError where output or gradients are not finite or there are none.
-    """
-    with torch.enable_grad(), observer:
-        out = call_model(model, batch)
-    _check_output(out, model, batch)
-    out.backward(_probe(out, output, generator))
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            squares = parameter.grad.float().square().cpu()
-            if not bool(squares.isfinite().all()):
-                raise TaskError(f"the gradient of {name!r} is not finite; {_why_not_finite(model, batch)}")
-            fisher[name].add_(squares)
-            parameter.grad = None
-    return out.shape[:-1].numel()
+    def __init__(self) -> None:
+        self._now = 0
+        self._changed = threading.Condition()
+
+    def wait(self, batch: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._now >= batch)
+
+    def end(self, batch: int) -> None:
+        """Of that batch's turn, when it has come; a second end changes nothing."""
+        self.wait(batch)
+        with self._changed:
+            self._now = max(self._now, batch + 1)
+            self._changed.notify_all()
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What one batch showed: sums and samples, the squared gradients by name, the rows of output."""
+
+    sums: Mapping[str, _Sums]
+    samples: Mapping[Place, Sample]
+    squares: Mapping[str, Tensor]
+    predictions: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """Forward and backward of batches, side by side on `models` of the same values, each with gradients of its own."""
+
+    models: SimpleQueue[nn.Module]
+    output: str
+    generator: torch.Generator
+    turns: _Turns = field(default_factory=_Turns)
+
+    def seen(self, number: int, batch: object) -> _Seen:
+        """Raises TaskError, with the number of the batch, where the model fails on it or something is not finite."""
+        model = self.models.get()
+        try:
+            return self._seen(model, number, batch)
+        except TaskError as error:
+            raise TaskError(f"calibration batch {number + 1}: {error}") from error
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}"
+            raise TaskError(f"calibration batch {number + 1}: the model failed on it: {told}") from error
+        finally:
+            self.turns.end(number)
+            self.models.put(model)
+
+    def _seen(self, model: nn.Module, number: int, batch: object) -> _Seen:
+        parameters = dict(model.named_parameters())
+        observer = _Observer({id(p): name for name, p in parameters.items()}, number, self.generator)
+        with torch.enable_grad(), observer:
+            out = call_model(model, batch)
+        _check_output(out, model, batch)
+        self.turns.wait(number)
+        probe = _probe(out, self.output, self.generator)
+        if not observer.draws:
+            self.turns.end(number)
+        out.backward(probe)
+        squares = {}
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                squares[name] = parameter.grad.float().square().cpu()
+                parameter.grad = None
+                if not bool(squares[name].isfinite().all()):
+                    raise TaskError(f"the gradient of {name!r} is not finite; {_why_not_finite(model, batch)}")
+        return _Seen(observer.sums, observer.samples, squares, out.shape[:-1].numel())
+
+
+def _alike(model: nn.Module) -> nn.Module:
+    """A copy over the same values whose parameters have gradients of their own."""
+    own = {id(parameter): nn.Parameter(parameter.detach()) for parameter in model.parameters()}
+    return copy.deepcopy(model, dict(own))
 
 
 def collect(
-    model: nn.Module, batches: Iterable[object], output: str, seed: int, progress: Callable[[], None] = lambda: None
-) -> Statistics:
-    """Statistics of every parameter over `batches`, one forward and one backward each.
+    model: nn.Module, batches: Iterable[object], output: str, seed: int, progress: Callable[[], None] = lambda: None,
+    threads: int = 1,
+) -> Statistics:  # fmt: skip
+    """Statistics of every parameter over `batches`, one forward and one backward each, `threads` at a time.
 
     `output` is "logits" or "embedding": what the model returns. The model is observed in eval mode and left as it
     was found, without gradients. Raises TaskError, with the number of the batch, where the model fails on it or
     output or gradients are not finite, and where there is no sample.
     """
-    generator = torch.Generator().manual_seed(seed)
     parameters = dict(model.named_parameters())
     required = {name: p.requires_grad for name, p in parameters.items()}
-    observer = _Observer({id(p): name for name, p in parameters.items()}, generator)
     fisher = {name: torch.zeros(p.shape) for name, p in parameters.items()}
     training = [module for module in model.modules() if module.training]
+    sums: dict[str, _Sums] = {}
+    samples: dict[Place, Sample] = {}
     predictions = 0
     try:
         model.eval().requires_grad_(True).zero_grad()
-        for number, batch in enumerate(batches, 1):
-            observer.begin(number - 1)
-            try:
-                predictions += _observe(model, batch, observer, output, generator, fisher)
-            except TaskError as error:
-                raise TaskError(f"calibration batch {number}: {error}") from error
-            except Exception as error:
-                told = f"{type(error).__name__}: {error}"
-                raise TaskError(f"calibration batch {number}: the model failed on it: {told}") from error
-            progress()
+        models: SimpleQueue[nn.Module] = SimpleQueue()
+        for own in (model, *(_alike(model) for _ in range(threads - 1))):
+            models.put(own)
+        observed = _Pass(models, output, torch.Generator().manual_seed(seed))
+        with ThreadPoolExecutor(threads) as pool:
+            # Batches may end in any order; they are added up in theirs.
+            for one in pool.map(lambda at: observed.seen(*at), enumerate(batches)):
+                predictions += one.predictions
+                samples |= one.samples
+                for name, squares in one.squares.items():
+                    fisher[name].add_(squares)
+                for name, part in one.sums.items():
+                    if name in sums:
+                        sums[name].merge(part)
+                    else:
+                        sums[name] = part
+                progress()
     finally:
         for module in training:
             module.training = True
@@ -393,9 +476,9 @@ def collect(
         raise TaskError(
             "calibration() gave no batch, or none with a sample in it: give at least one, or leave calibration out"
         )
-    weights = {name: sums.finish() for name, sums in observer.sums.items()}
+    weights = {name: found.finish() for name, found in sums.items()}
     for name, seen in weights.items():
         if not bool(seen.moments.isfinite().all()):
             raise TaskError(f"the inputs of {name!r} in calibration are too large to be squared: scale them down")
     fisher = {name: f / predictions for name, f in fisher.items()}
-    return Statistics(weights, fisher, predictions, observer.samples)
+    return Statistics(weights, fisher, predictions, samples)

@@ -63,6 +63,8 @@ class Dense:
     inputs: Tensor
     transposed: bool
     groups: int = 1
+    axis = -1
+    """Of the output: the one along which a position lies."""
 
     def rows(self, chosen: Tensor) -> Tensor:
         """The inputs (P, 1, n) at positions `chosen` (P,)."""
@@ -70,7 +72,7 @@ class Dense:
 
     def reached(self, gradient: Tensor) -> Tensor:
         """Which positions (P,) the output's `gradient` reaches."""
-        return gradient.ne(0).any(-1).reshape(-1)
+        return gradient.ne(0).any(self.axis).reshape(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +84,12 @@ class Convolution:
     weight: Tensor
     call: dict[str, Any]
     transposed: bool = False
+
+    @property
+    def axis(self) -> int:
+        """Of the output: the one along which a position lies."""
+        # Counted from the end: a single sample comes without an axis of its own.
+        return 1 - self.weight.ndim
 
     @property
     def groups(self) -> int:
@@ -103,8 +111,7 @@ class Convolution:
 
     def reached(self, gradient: Tensor) -> Tensor:
         """Which positions (P,) the output's `gradient` reaches."""
-        # The channels' axis counted from the end: a single sample comes without an axis of its own.
-        return gradient.ne(0).any(1 - self.weight.ndim).reshape(-1)
+        return gradient.ne(0).any(self.axis).reshape(-1)
 
 
 @dataclass(eq=False)

@@ -5,8 +5,9 @@ Letters: m outputs, n inputs of one group, g groups, d rows along the basis, k r
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +21,12 @@ from factorpack.solve.projected_gradient import solve as descend
 from factorpack.solve.sequential import (
     BasisProblem,
     Feedback,
+    Map,
     Price,
     Problem,
     damped,
     direct,
+    in_turn,
     principal_basis,
     row_parts,
     vector_quantised,
@@ -80,12 +83,29 @@ class Met:
     halves: tuple["Met", ...] = ()
 
 
+def _drift_losses(
+    layer: tuple[Float64[Tensor, "..."], Float64[Tensor, "g o n"], float], halves: tuple[Met, Met]
+) -> Float64[np.ndarray, " dampings"]:
+    """‖x·W − x̂·(W + M)‖² on the second half, less what M does not change, for M of the first half at each damping."""
+    (weights, blocks, share), (fitted, other) = layer, halves
+    losses = np.zeros(len(DRIFT_DAMPINGS))
+    values, axes = torch.linalg.eigh(fitted.moments.double())
+    level = values.clamp_min(0).mean(1).clamp_min(1e-30)[:, None, None]
+    drift = blocks @ fitted.drift.double() @ axes
+    moments, aim = axes.mT @ other.moments.double() @ axes, blocks @ other.drift.double() @ axes
+    for at, damping in enumerate(DRIFT_DAMPINGS):
+        moved = drift / (values[:, None].clamp_min(0) + 2 * damping * share * level)
+        losses[at] = float((weights * moved * (moved @ moments - 2 * aim)).sum())
+    return losses
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
     """A weight `tensor` (its own shape), how it is seen as outputs x inputs (`tiling`, along the outputs), `metric`.
 
     `loss` is what a stored weight costs the network: half its distortion in the metric. Rounding follows `paths`
     survivors a row. Where it is `followed` by layers that will make up for its errors, its symbols have a price.
+    Parts of the work are called for by `each`.
     """
 
     name: str
@@ -95,6 +115,11 @@ class Layer:
     looked_up: bool
     paths: int = 1
     followed: bool = False
+    each: Map = in_turn
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to a worker: not what was computed of it, which takes far more."""
+        return {part.name: getattr(self, part.name) for part in fields(self)} | {"each": in_turn}
 
     @cached_property
     def problem(self) -> Problem:
@@ -103,7 +128,7 @@ class Layer:
     @property
     def _feedback(self) -> Feedback:
         inputs = self.tiling.matrix_shape[1]
-        return Feedback(inputs if self.metric.moments is None else self.metric.moments, paths=self.paths)
+        return Feedback(inputs if self.metric.moments is None else self.metric.moments, 1, self.paths, self.each)
 
     @cached_property
     def row_exponents(self) -> Int32[np.ndarray, " m"] | None:
@@ -130,20 +155,20 @@ class Layer:
         rows = self.scaled.metric.row_weights
         return torch.ones(self.tiling.matrix_shape[0]) if rows is None else rows
 
-    def behind(self, met: Met, followed: bool = True) -> "Layer":
+    def behind(self, met: Met, followed: bool = True, each: Map = in_turn) -> "Layer":
         """The layer on inputs x̂ of a compressed prefix, `followed` by others that will make up for its errors.
 
         Its weight is the one that makes up best for what the prefix changed: W + W·drift·moments⁻¹.
         """
         matrix = torch.from_numpy(self.tiling.matrix(self.tensor))
         blocks = matrix.double().reshape(len(met.moments), -1, matrix.shape[1])
-        damping = self._drift_damping(met, blocks)
+        damping = self._drift_damping(met, blocks, each)
         moved = blocks + torch.linalg.solve(damped(met.moments, damping), met.drift.double().mT @ blocks.mT).mT
         tensor = self.tiling.unmatrix(moved.reshape(matrix.shape).float().numpy())
         metric = Metric(met.moments, self.metric.row_weights)
-        return Layer(self.name, tensor, self.tiling, metric, False, PATHS, followed)
+        return Layer(self.name, tensor, self.tiling, metric, False, PATHS, followed, each)
 
-    def _drift_damping(self, met: Met, blocks: Float64[Tensor, "g o n"]) -> float:
+    def _drift_damping(self, met: Met, blocks: Float64[Tensor, "g o n"], each: Map) -> float:
         """The share for `damped`: with it what is made up for by one half of the batches does best on the other."""
         # Of a single sample so many positions tell: of a half, half as much.
         share = met.moments.shape[-1] / met.positions
@@ -151,16 +176,8 @@ class Layer:
             return DRIFT_DAMPING * share
         weights = torch.ones(1, 1, 1) if self.metric.row_weights is None else self.metric.row_weights
         weights = weights.double().reshape(len(blocks) if weights.numel() > 1 else 1, -1, 1)
-        losses = np.zeros(len(DRIFT_DAMPINGS))
-        for fitted, other in (met.halves, met.halves[::-1]):
-            values, axes = torch.linalg.eigh(fitted.moments.double())
-            level = values.clamp_min(0).mean(1).clamp_min(1e-30)[:, None, None]
-            drift = blocks @ fitted.drift.double() @ axes
-            moments, aim = axes.mT @ other.moments.double() @ axes, blocks @ other.drift.double() @ axes
-            for at, damping in enumerate(DRIFT_DAMPINGS):
-                moved = drift / (values[:, None].clamp_min(0) + 2 * damping * share * level)
-                # ‖x·W − x̂·(W + M)‖² on the other half, less what M does not change.
-                losses[at] += float((weights * moved * (moved @ moments - 2 * aim)).sum())
+        pairs = (met.halves, met.halves[::-1])
+        losses = sum(each(_drift_losses, (weights, blocks, share), pairs), np.zeros(len(DRIFT_DAMPINGS)))
         return DRIFT_DAMPINGS[int(losses.argmin())] * share
 
     def loss(self, weight: FactoredWeight) -> float:

@@ -11,9 +11,10 @@ the entropy coder against the part of the error that later columns cannot undo.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,16 @@ BASIS_BITS = 10
 """Bits of a basis grid at most; its step comes from λ."""
 CODE_LIMIT = 1 << 20
 """Codes are at most that large."""
+ROWS_AT_ONCE = 1536
+"""Survivors of all rows of a part: enough to keep calls few, few enough for several workers to have some."""
+
+Map = Callable[[Callable[[Any, Any], Any], Any, Iterable[Any]], Iterable[Any]]
+"""A function's results, in order, of what all calls share and of each item; the calls may be made side by side."""
+
+
+def in_turn(function: Callable[[Any, Any], Any], shared: Any, items: Iterable[Any]) -> Iterable[Any]:
+    """The `Map` that makes one call after another."""
+    return map(partial(function, shared), items)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +95,16 @@ class Feedback:
     """How errors travel between columns, for moments (g, n, n), which are damped; columns in `order`.
 
     Columns with the strongest inputs go first, while all the others can still make up for them. With tiles of
-    `depth` columns, tiles keep together. `paths` is the number of survivors that `rounded` follows. In place of
-    moments that are the identity their n stands: then no error travels, and no matrix is made.
+    `depth` columns, tiles keep together. `paths` is the number of survivors that `rounded` follows, `each` how it calls
+    for its parts. In place of moments that are the identity their n stands: then no error travels, and no matrix is
+    made.
     """
 
-    def __init__(self, moments: Float[Tensor, "g n n"] | int, depth: int = 1, paths: int = 1) -> None:
+    def __init__(
+        self, moments: Float[Tensor, "g n n"] | int, depth: int = 1, paths: int = 1, each: Map = in_turn
+    ) -> None:
         self.paths = paths
+        self.each = each
         if isinstance(moments, int):
             self.order = torch.arange(moments)
             self.diagonal = torch.full((1, moments), (1 + DAMPING) ** -0.5)
@@ -113,6 +128,14 @@ class Feedback:
     def residual(self) -> float:
         """Mean of 1/U_jj²: the input power that later columns cannot make up for."""
         return float(self.diagonal.double().pow(-2).mean())
+
+    def alike(self, moments: Float[Tensor, "g n n"]) -> "Feedback":
+        """For other moments, with as many paths."""
+        return Feedback(moments, paths=self.paths, each=self.each)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to a worker, which has none of its own."""
+        return self.__dict__ | {"each": in_turn}
 
 
 def _choose(x: Tensor, price: Price, contexts: Tensor, rate: Tensor) -> Tensor:
@@ -236,11 +259,22 @@ def rounded(
 ) -> Int32[Tensor, "g r n"]:
     """Integers (int32) whose multiples of `step` are near `target`, the best of as many paths as `feedback` says."""
     found = torch.empty(target.shape, dtype=torch.int32)
-    # An error stays in its row.
-    for part in row_parts(target):
-        paid = None if price is None else price.of_rows(len(target), part)
-        found[:, part] = round_paths(target[:, part] / step, feedback, feedback.paths, paid)
+    most = ROWS_AT_ONCE // feedback.paths
+    # An error stays in its row. Parts are the same for any number of workers.
+    places = [
+        slice(start, min(start + most, part.stop, target.shape[1]))
+        for part in row_parts(target)
+        for start in range(part.start, min(part.stop, target.shape[1]), most)
+    ]
+    items = ((target[:, at] / step, None if price is None else price.of_rows(len(target), at)) for at in places)
+    for at, codes in zip(places, feedback.each(_round_part, feedback, items), strict=True):
+        found[:, at] = codes
     return found
+
+
+def _round_part(feedback: Feedback, part: tuple[Float[Tensor, "g r n"], Price | None]) -> Int32[Tensor, "g r n"]:
+    target, price = part
+    return round_paths(target, feedback, feedback.paths, price).int()
 
 
 def round_tiles(
@@ -385,7 +419,7 @@ def with_basis(problem: Problem, tiling: Tiling, basis: Float[Tensor, "d k"], st
     target = torch.empty(*blocks.shape[:2], quantised.shape[1])
     for part in row_parts(blocks):
         target[:, part] = torch.linalg.lu_solve(*factors, left @ blocks[:, part].double().mT).mT.float()
-    return BasisProblem(tiling, factor, target, Feedback(inner.float(), paths=problem.feedback.paths))
+    return BasisProblem(tiling, factor, target, problem.feedback.alike(inner.float()))
 
 
 def tap_factors(tensor: Float[Tensor, "..."], rows: Float[Tensor, " m"] | None) -> tuple[np.ndarray, ...]:
@@ -426,7 +460,7 @@ def with_tap_basis(problem: Problem, tiling: Tiling) -> BasisProblem:
     for _ in range(2):
         moments = (moments.reshape(len(moments), -1, taps) @ matrix).reshape(moments.shape).mT
     whole = Tiling(tiling.shape, tiling.groups, tiling.transposed, taps)
-    return BasisProblem(whole, basis, target.float(), Feedback(moments.float(), paths=problem.feedback.paths))
+    return BasisProblem(whole, basis, target.float(), problem.feedback.alike(moments.float()))
 
 
 def vector_quantised(problem: Problem, tiling: Tiling, codewords: int, generator: torch.Generator) -> FactoredWeight:
