@@ -18,6 +18,7 @@ MODULES = {"pillow": "PIL", "onnx-ir": "onnx_ir", "scikit-learn": "sklearn", "py
 """Where a package has another name than its module."""
 NEEDS = {
     "finetune": "from factorpack.training import accelerator_for as f; f(factorpack.TrainingOptions(steps=1))",
+    "cluster": "import distributed, factorpack.workers",
     "curve": "from factorpack.curve import require_plots as f; f()",
     "onnx": "import factorpack.export.checking, factorpack.export.surgery, factorpack.export.tracing",
     "hf": "import transformers.quantizers.auto, PIL, factorpack.hf.folder, factorpack.hf.calibration",
