@@ -20,8 +20,9 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# One thread a process: two of them with two threads each wait for one another half of the time.
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # The site, in site/: a link or an anchor that leads nowhere is an error. Needs no network once its packages are there.
 DOCS := .venv-docs
