@@ -122,7 +122,8 @@ def test_results_come_in_the_order_of_the_items(two):
 
 
 def test_a_worker_s_error_is_that_of_one_process(two):
-    with pytest.raises(BudgetError, match="^0 cannot be met$"):
+    # Of several that fail the first to be heard of counts.
+    with pytest.raises(BudgetError, match="^[0-3] cannot be met$"):
         list(two.map(refused, None, range(4)))
     assert list(two.map(doubled, 1, range(3))) == [1, 3, 5], "and the workers go on"
 
