@@ -38,12 +38,12 @@ import torch
 import factorpack.coding.grouping
 import factorpack.nn.state
 import factorpack.solve.layer
-from factorpack.cli import parse_size
 from factorpack.curve import score
 from factorpack.errors import BudgetError
 from factorpack.nn.state import State
 from factorpack.pipeline import Source, finish, one_thread
 from factorpack.search import Options, pack
+from factorpack.sizes import parse_size
 from factorpack.solve.layer import Layer
 from factorpack.solve.objective import Metric
 from factorpack.task import Task, load_task

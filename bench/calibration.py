@@ -14,10 +14,10 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from factorpack.cli import parse_size
 from factorpack.curve import score
 from factorpack.pipeline import Source, finish, one_thread
 from factorpack.search import Options, pack
+from factorpack.sizes import parse_size
 from factorpack.task import Task, load_task
 
 mpl.use("Agg")

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 import factorpack
-from factorpack.cli import parse_size
 from factorpack.nn.control import RateController
 from factorpack.nn.trainable import TrainableWeight
+from factorpack.sizes import parse_size
 from factorpack.task import load_task
 from factorpack.training import Run
 

@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 
 import factorpack
-from factorpack.cli import parse_size
+from factorpack.sizes import parse_size
 from factorpack.task import load_task
 
 SETTINGS = {

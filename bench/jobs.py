@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from hashlib import sha256
 
-from factorpack.cli import parse_size
+from factorpack.sizes import parse_size
 
 
 def measure(spec: str, size: int, jobs: int) -> dict:

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 import factorpack
-from factorpack.cli import parse_size
 from factorpack.nn.statistics import call_model
+from factorpack.sizes import parse_size
 from factorpack.task import load_task
 
 REPEATS = 15

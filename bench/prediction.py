@@ -20,10 +20,10 @@ import matplotlib as mpl
 import torch
 from torch import Tensor, nn
 
-from factorpack.cli import parse_size
 from factorpack.nn.statistics import call_model
 from factorpack.pipeline import Source, finish, load, one_thread
 from factorpack.search import Options, pack
+from factorpack.sizes import parse_size
 from factorpack.task import load_task
 
 mpl.use("Agg")

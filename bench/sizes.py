@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 import factorpack
-from factorpack.cli import parse_size
+from factorpack.sizes import parse_size
 from factorpack.task import Task, load_task
 
 mpl.use("Agg")

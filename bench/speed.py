@@ -24,11 +24,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import factorpack
-from factorpack.cli import parse_size
 from factorpack.container import read
 from factorpack.nn.loading import state_dict
 from factorpack.pipeline import Source, one_thread
 from factorpack.search import Options, pack
+from factorpack.sizes import parse_size
 from factorpack.task import Task, load_task
 
 REPEATS = 7

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import factorpack
-from factorpack.cli import app, human, parse_size
+from factorpack.cli import app
 from factorpack.errors import UnsupportedError
+from factorpack.sizes import human, parse_size
 
 COMMANDS = ("compress", "finetune", "curve", "bench", "evaluate", "inspect", "report", "verify", "decompress")
 

@@ -24,10 +24,11 @@ ALLOWED = {
     "solve": FREE | {"solve", "factors", "tiling"},
     "runtime": FREE | {"runtime", "factors", "tiling"},
     "nn": FREE | {"nn", "runtime", "solve", "factors", "tiling"},
-    "evaluate": FREE | {"evaluate", "container", "nn", "solve", "factors", "tiling"},
+    "evaluate": FREE | {"evaluate", "sizes", "container", "nn", "solve", "factors", "tiling"},
     "export": FREE | {"export", "container", "nn", "factors", "tiling"},
     "task": FREE,
     "bars": set(),
+    "sizes": {"errors"},
 }
 """By the first name below the package; what is missing here is composition."""
 COMPOSITION = {

@@ -21,7 +21,7 @@ NEEDS = {
     "cluster": "import distributed, factorpack.workers",
     "curve": "from factorpack.curve import require_plots as f; f()",
     "onnx": "import factorpack.export.checking, factorpack.export.surgery, factorpack.export.tracing",
-    "hf": "import transformers.quantizers.auto, PIL, factorpack.hf.folder, factorpack.hf.calibration",
+    "hf": "import factorpack.hf.quantizer, PIL, factorpack.hf.folder, factorpack.hf.calibration",
 }
 """For each extra what it is there for."""
 

@@ -37,6 +37,12 @@ from factorpack.workers import ALONE, Workers
 
 Note = Callable[[str], None]
 """Told in a sentence of what was found wrong and mended."""
+
+
+def unheard(_text: str) -> None:
+    """A note that nobody reads."""
+
+
 RUNGS_HELD = 4
 """So many rungs' weights stay in memory: choices fall on neighbours."""
 

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import re
 import shlex
 import sys
 import time
@@ -22,6 +21,7 @@ from rich.table import Table
 
 from factorpack.bars import bars
 from factorpack.errors import FactorpackError, TaskError, UnsupportedError
+from factorpack.sizes import human, parse_size
 
 if TYPE_CHECKING:
     from factorpack.bench.results import Results
@@ -43,8 +43,6 @@ exports = typer.Typer(help="Write a compressed network as a file of another form
 app.add_typer(exports, name="export")
 notes = Console(stderr=True)
 screen = Console(markup=False)
-
-UNITS = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KIB": 1024, "MIB": 1024**2, "GIB": 1024**3}
 
 TaskArgument = Annotated[
     str,
@@ -96,28 +94,6 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def parse_size(text: str) -> int:
-    """Bytes of "60KB", "5.5 MB", "1MiB" or "60_000": kB = 1,000 bytes; UnsupportedError where it is no size."""
-    # A comma is no decimal point here: it stands between thousands or is refused.
-    found = re.fullmatch(r"\s*(\d{1,3}(?:,\d{3})+(?:\.\d+)?|[\d_]*\.?\d+)\s*([a-zA-Z]*)\s*", text)
-    try:
-        assert found is not None
-        size = int(float(found[1].replace("_", "").replace(",", "")) * UNITS[found[2].upper()])
-    except (AssertionError, KeyError, ValueError, OverflowError):
-        raise UnsupportedError(f"{text!r} is no size: write 60KB, 5.5MB or a number of bytes") from None
-    if size < 1:
-        raise UnsupportedError(f"a file of {text!r} is no file: write 60KB, 5.5MB or a number of bytes")
-    return size
-
-
-def human(size: int) -> str:
-    """Bytes for people, kB = 1,000."""
-    for unit, scale in (("GB", 1000**3), ("MB", 1000**2), ("kB", 1000)):
-        if size >= scale:
-            return f"{size / scale:.4g} {unit}"
-    return f"{size} B"
-
-
 @contextmanager
 def _waiting(what: str) -> Iterator[None]:
     with notes.status(f"{what} ..."):
@@ -147,19 +123,18 @@ def _note(text: str) -> None:
 def _source(spec: str, scored: str = "") -> tuple["Task | None", "Source"]:
     """The task (None for bare weights) and what of it is compressed; what is to be `scored` takes no bare weights."""
     from factorpack.curve import require_scores
-    from factorpack.nn.stored import stored_tensors
+    from factorpack.nn.stored import holds_weights_alone, stored_tensors
     from factorpack.pipeline import Source
     from factorpack.task import load_task
 
-    if (spec.endswith(".safetensors") or Path(spec).is_dir()) and not scored:
+    if holds_weights_alone(spec) and not scored:
         return None, Source(stored_tensors(Path(spec)))
     task = load_task(spec)
     if scored:
         require_scores(task, scored)
     if not task.has("calibration"):
         notes.print(f"{escape(task.name)} has no calibration(): compressing without data", highlight=False)
-    batches = task.calibration() if task.has("calibration") else None
-    return task, Source(task.model(), batches, task.output)
+    return task, Source.of(task)
 
 
 def _folder_source(folder: "Folder", calibrate: Path | None, seed: int, scored: bool) -> "Source":

@@ -24,6 +24,7 @@ from factorpack.nn.state import State
 from factorpack.pipeline import Source, dense_bytes, load, one_thread
 from factorpack.plan import ModelPlan
 from factorpack.search import Options, Packed, Progress, pack, pack_plan
+from factorpack.sizes import human
 from factorpack.task import Scores, Task
 from factorpack.workers import Workers, working
 
@@ -159,12 +160,7 @@ def require_plots() -> None:
         raise UnsupportedError("a curve is drawn by matplotlib: pip install factorpack[curve]") from error
 
 
-def human_size(size: float, _place: object = None) -> str:
-    """Bytes as an axis has them."""
-    return f"{size / 1e6:g} MB" if size >= 1e6 else f"{size / 1e3:g} kB"
-
-
-def ticks_between(low: float, high: float) -> list[float]:
+def _ticks(low: float, high: float) -> list[float]:
     """Round sizes between two: 1, 2, 5 and their tens; over a short way, more of them."""
     for digits in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), tuple(np.arange(10, 100) / 10)):
         tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -174,6 +170,17 @@ def ticks_between(low: float, high: float) -> list[float]:
     return [low, high]
 
 
+def size_axis(axes: Any, sizes: Sequence[int]) -> None:
+    """Gives a plot a log axis of these sizes, with round ones at its ticks."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axes.set_xscale("log")
+    axes.set_xlim(min(sizes) / 1.1, max(sizes) * 1.1)
+    axes.xaxis.set_major_locator(FixedLocator(_ticks(*axes.get_xlim())))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _place: human(round(size))))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
 def plot(curve: Curve) -> bytes:
     """The first score over the size on a log axis, as a PNG; nothing in it depends on colour.
 
@@ -181,19 +188,14 @@ def plot(curve: Curve) -> bytes:
     """
     require_plots()
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     name, original = next(iter(curve.original.items()))
     sizes = [point.size_bytes for point in curve.points]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_xscale("log")
     axes.axhline(original, color="0.45", linestyle="--", linewidth=1.2, label=f"original: {original:.4g}")
     axes.plot(sizes, [point.scores[name] for point in curve.points], "o-", color="black", label="compressed")
-    axes.set_xlim(min(sizes) / 1.1, max(sizes) * 1.1)
-    axes.xaxis.set_major_locator(FixedLocator(ticks_between(*axes.get_xlim())))
-    axes.xaxis.set_major_formatter(FuncFormatter(human_size))
-    axes.xaxis.set_minor_locator(NullLocator())
+    size_axis(axes, sizes)
     axes.grid(color="0.88")
     # Names may hold dollars, which matplotlib takes for mathematics.
     axes.set_xlabel("size of the file")

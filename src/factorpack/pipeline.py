@@ -25,7 +25,7 @@ from factorpack.nn.statistics import Statistics, collect
 from factorpack.nn.stored import Shaped, StoredTensors
 from factorpack.plan import ModelPlan
 from factorpack.search import Options, Packed, Progress, pack
-from factorpack.task import Evaluate, Scores, as_scores, checked_output
+from factorpack.task import Evaluate, Scores, Task, as_scores, checked_output
 from factorpack.workers import ALONE, Workers, working
 
 MODES = ("dense", "on-the-fly")
@@ -117,6 +117,11 @@ class Source:
     model: nn.Module | StoredTensors
     batches: Sequence[object] | None = None
     output: str = "logits"
+
+    @classmethod
+    def of(cls, task: Task) -> "Source":
+        """What a task hands over; without calibration() by relative error."""
+        return cls(task.model(), task.calibration() if task.has("calibration") else None, task.output)
 
     def state(
         self, options: Options, progress: Progress = silent, keep: Keep = lambda take: take(),

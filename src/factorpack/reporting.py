@@ -22,7 +22,7 @@ from factorpack.evaluate.report import Comparison, FileReport, Provenance, descr
 from factorpack.factors import FactoredWeight
 from factorpack.nn.loading import place_dense, state_dict
 from factorpack.nn.prefix import copy_of
-from factorpack.nn.stored import stored_tensors
+from factorpack.nn.stored import holds_weights_alone, stored_tensors
 from factorpack.pipeline import Source, silent
 from factorpack.plan import ModelPlan
 from factorpack.search import Options, Progress
@@ -55,12 +55,10 @@ class Subject:
 
 def original_of(spec: str) -> Original:
     """The original that a command line names: a task, or bare weights. Raises TaskError as `load_task`."""
-    if spec.endswith(".safetensors") or Path(spec).is_dir():
+    if holds_weights_alone(spec):
         return Original(Path(spec).name, Source(stored_tensors(Path(spec))), None, spec)
     task = load_task(spec)
-    batches = task.calibration() if task.has("calibration") else None
-    evaluate = task.evaluate if task.has("evaluate") else None
-    return Original(task.name, Source(task.model(), batches, task.output), evaluate, spec)
+    return Original(task.name, Source.of(task), task.evaluate if task.has("evaluate") else None, spec)
 
 
 def report(

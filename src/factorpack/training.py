@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from factorpack.cache import Note
+from factorpack.cache import Note, unheard
 from factorpack.container import Contents, File, make_folder, read, write
 from factorpack.errors import BudgetError, TaskError, UnsupportedError
 from factorpack.nn.control import RateController
@@ -50,10 +50,6 @@ FRESH = 5
 """Training steps from one look at the slopes of the codes' bits to the next."""
 JUDGEMENTS = 20
 """So often in a training is the network judged on what is held out."""
-
-
-def _unheard(_text: str) -> None:
-    """Notes that nobody reads."""
 
 
 def finetune(
@@ -136,7 +132,7 @@ class Run:
     lessons: Lessons
     options: TrainingOptions
     progress: Progress = silent
-    note: Note = _unheard
+    note: Note = unheard
 
     def __post_init__(self) -> None:
         self._began = time.perf_counter()
@@ -147,7 +143,7 @@ class Run:
             )
         self.accelerator = accelerator_for(options)
         if not self.accelerator.is_main_process:
-            self.progress, self.note = silent, _unheard
+            self.progress, self.note = silent, unheard
         self.progress("preparing", 0, 1)
         contents, bill = read(self.file)
         self.size = options.size or bill.size_bytes

@@ -95,7 +95,7 @@ def test_a_peer_that_fails_is_told_and_tried_again(tmp_path, monkeypatch):
     assert "has no function" in found.points[0].error
     assert "failed: " in lines[-1]
     assert found.good == []
-    assert not made.known(FIRST)
+    assert made.missing([FIRST]) == [FIRST]
 
 
 def test_a_peer_that_cannot_be_installed_says_what_pip_said(tmp_path, monkeypatch):

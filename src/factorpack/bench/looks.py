@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import cycle
+from math import isfinite, nan
 
 from factorpack.bench.registry import PEERS
 from factorpack.bench.results import Point, Results
@@ -29,9 +30,7 @@ def curves(results: Results) -> dict[str, list[Point]]:
     score = results.original.score
     found = {}
     for name in PEERS:
-        points = [
-            p for p in results.good if p.peer == name and p.scores.get(score, float("nan")) == p.scores.get(score)
-        ]
+        points = [p for p in results.good if p.peer == name and isfinite(p.scores.get(score, nan))]
         if points:
             found[name] = sorted(points, key=lambda point: point.size_bytes)
     return found

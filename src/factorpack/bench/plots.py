@@ -5,7 +5,7 @@ from io import BytesIO
 from factorpack.bench.looks import LOOKS, curves, floor
 from factorpack.bench.registry import PEERS
 from factorpack.bench.results import Results
-from factorpack.curve import DOTS_PER_INCH, human_size, ticks_between
+from factorpack.curve import DOTS_PER_INCH, size_axis
 
 
 def plot(results: Results) -> bytes:
@@ -15,13 +15,11 @@ def plot(results: Results) -> bytes:
     left to the tables.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     score = results.original.score
     original = results.original.scores[score]
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_xscale("log")
     axes.axhline(original, color="0.45", linestyle="--", linewidth=1.2, label=f"original, {original:.4g}")
     sizes = []
     for name, points in curves(results).items():
@@ -37,10 +35,7 @@ def plot(results: Results) -> bytes:
     above = original - lowest or 1.0
     axes.set_ylim(lowest - 0.05 * above, original + 0.08 * above)
     if sizes:
-        axes.set_xlim(min(sizes) / 1.1, max(sizes) * 1.1)
-        axes.xaxis.set_major_locator(FixedLocator(ticks_between(*axes.get_xlim())))
-    axes.xaxis.set_major_formatter(FuncFormatter(human_size))
-    axes.xaxis.set_minor_locator(NullLocator())
+        size_axis(axes, sizes)
     axes.grid(color="0.9")
     # Names may hold dollars, which matplotlib takes for mathematics.
     axes.set_xlabel("size of the file, or of the file in zstd where that is smaller")

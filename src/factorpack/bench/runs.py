@@ -92,10 +92,11 @@ class Bench:
         script = Path(__file__).parent / "peers" / f"{run.peer.script}.py"
         return key_of(self.task_key, run.name, self.versions(run), sha256(script.read_bytes()).hexdigest())
 
-    def known(self, run: Run) -> bool:
-        """Whether there is such a point, of the same versions; one that failed is tried again."""
+    def missing(self, runs: Sequence[Run]) -> list[Run]:
+        """Those of which there is no point of the same versions; one that failed is tried again."""
         held = self.held()
-        return held is not None and self.key(run) in {point.key for point in held.good}
+        known = {point.key for point in held.good} if held else set()
+        return [run for run in runs if self.key(run) not in known]
 
     def command(self, run: Run) -> str:
         """How one makes this point again."""
@@ -134,7 +135,7 @@ def run_all(
     `tell` is told a line about each: what it gave, and how long the others may take, going by those of the same peer.
     `draw` is given the results of a task when they are complete.
     """
-    todo = [(place, run) for place, bench in enumerate(benches) for run in runs if not bench.known(run)]
+    todo = [(place, run) for place, bench in enumerate(benches) for run in bench.missing(runs)]
     tell(f"{len(todo)} of {len(benches) * len(runs)} points are to be measured")
     spent: dict[tuple[int, str], list[float]] = {}
     found = []

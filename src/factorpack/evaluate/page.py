@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from factorpack.evaluate.report import Estimate, FileReport, Histogram, LayerNumbers
 from factorpack.evaluate.treemap import Box, treemap
+from factorpack.sizes import human
 
 LONGEST_NAME = 200
 """Characters of a name that are shown."""
@@ -79,14 +80,6 @@ def signed(number: int) -> str:
 
 def shape_of(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) if shape else "scalar"
-
-
-def human(size: int) -> str:
-    """Bytes, kB = 1,000."""
-    for unit, scale in (("GB", 1000**3), ("MB", 1000**2), ("kB", 1000)):
-        if size >= scale:
-            return f"{size / scale:.4g} {unit}"
-    return f"{size} B"
 
 
 def embedded(value: object) -> Markup:

@@ -37,8 +37,7 @@ class Chain:
 
     With `stream` integers become floats by DequantizeLinear, which onnxruntime leaves alone when it folds constants,
     else by Cast. Then they also wait for the value `after`: what depends on no input is made early otherwise, and all
-    weights are in memory together. All names begin with `prefix`, and
-    hold signs that those of parameters do not.
+    weights are in memory together. All names begin with `prefix`, and hold signs that those of parameters do not.
     """
 
     prefix: str
@@ -58,10 +57,7 @@ class Chain:
         """A new initialiser."""
         kind = None if dtype is None else dtype.numpy()
         tensor = onnx_ir.Tensor(np.ascontiguousarray(array if kind is None else array.astype(kind)))
-        name = f"{self.prefix}:{len(self.initializers)}"
-        value = onnx_ir.Value(
-            name=name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
-        )  # fmt: skip
+        value = initializer(f"{self.prefix}:{len(self.initializers)}", tensor)
         self.initializers.append(value)
         return value
 

@@ -5,6 +5,7 @@ quantizers, and registers ours as soon as that has run.
 """
 
 import sys
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -18,9 +19,8 @@ METHOD = "factorpack"
 def _register(quantizers: ModuleType) -> None:
     # Earlier versions, without a place for quantizers of others, find no weights in a folder and say so.
     if hasattr(quantizers, "register_quantizer"):
-        from factorpack.hf.quantizer import register
-
-        register()
+        # Not by a name of its own: where that module is what imports transformers, it is not through yet.
+        import_module("factorpack.hf.quantizer")
 
 
 class _Watcher(MetaPathFinder):

@@ -3,7 +3,8 @@
 A folder's `model.safetensors.index.json` names the file for every tensor. Readers that do not know Factorpack take
 what does not end in `.safetensors` for a pickle and refuse it; as `model.safetensors`, transformers 5 would start from
 random weights with a mere warning. Here only the reading of that one kind of file is put in: names, dtypes, devices
-and ties are transformers' own matter, and what comes out is an ordinary dense model.
+and ties are transformers' own matter, and what comes out is an ordinary dense model. To import this module is to
+register the method.
 """
 
 import os
@@ -89,8 +90,5 @@ def _teach() -> None:
     modeling_utils.load_state_dict = load_state_dict
 
 
-def register() -> None:
-    """Adds the method to those that transformers knows; a second time changes nothing."""
-    if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
-        auto.register_quantization_config(METHOD)(FactorpackConfig)
-        auto.register_quantizer(METHOD)(FactorpackQuantizer)
+auto.register_quantization_config(METHOD)(FactorpackConfig)
+auto.register_quantizer(METHOD)(FactorpackQuantizer)

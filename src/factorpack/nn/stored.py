@@ -68,6 +68,11 @@ class StoredTensors(Shaped[Tensor]):
             return tensor
 
 
+def holds_weights_alone(spec: str) -> bool:
+    """Whether what a command line names is a safetensors file or a folder, and no task."""
+    return spec.endswith(".safetensors") or Path(spec).is_dir()
+
+
 def stored_tensors(path: Path) -> StoredTensors:
     """The tensors of a `.safetensors` file, or of a folder: of the files that its index names, or of all in it.
 

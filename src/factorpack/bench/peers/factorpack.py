@@ -12,14 +12,10 @@ from pathlib import Path
 from torch import nn
 
 from factorpack.bench.protocol import Encoded, Subject, peak_bytes, serve
-from factorpack.cache import analyse
+from factorpack.cache import analyse, unheard
 from factorpack.container import write
 from factorpack.pipeline import Source, dense_bytes, load, one_thread, silent
 from factorpack.search import Options, pack
-
-
-def _untold(_text: str) -> None:
-    """Notes that nobody reads."""
 
 
 def encode(subject: Subject, setting: str, path: Path) -> Encoded:
@@ -38,7 +34,7 @@ def encode(subject: Subject, setting: str, path: Path) -> Encoded:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    analysis = analyse(source, options, folder, silent, _untold)
+    analysis = analyse(source, options, folder, silent, unheard)
     if spent.exists():
         earlier = json.loads(spent.read_text())
     else:
