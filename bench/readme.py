@@ -66,8 +66,8 @@ def tables(folder: Path) -> str:
     parts = [table(tasks, near) for near in NEAR]
     parts.append(
         f"Scores: {scores}. “none”: no setting that was measured comes as near; “–”: not measured. Pictures: {pages}; "
-        f"beside each lie a page to point at and the JSON, with times, memory, what each peer left dense, and the "
-        f"command of each point. Measured at {', '.join(commits)} on {'; '.join(machines)}."
+        f"beside each lies the JSON, with times, memory, what each peer left dense, and the command of each "
+        f"point; `make bench` puts a page to point at there too. Measured at {', '.join(commits)} on {'; '.join(machines)}."
     )
     return "\n\n".join(parts)
 

@@ -20,7 +20,7 @@ from factorpack.evaluate.limit import gaussian_bits_of
 from factorpack.nn.folding import fold_batch_norms
 from factorpack.nn.loading import place_dense, place_on_the_fly, state_dict
 from factorpack.nn.prefix import Prefix, copy_of
-from factorpack.nn.state import State, check_values, read_state, read_stored
+from factorpack.nn.state import State, check_values, own_bytes, read_state, read_stored
 from factorpack.nn.statistics import Statistics, collect
 from factorpack.nn.stored import Shaped, StoredTensors
 from factorpack.plan import ModelPlan
@@ -97,10 +97,9 @@ class PackedModel:
 
 def dense_bytes(state: State) -> int:
     """Bytes of the tensors in their own dtypes, each tied one once."""
-    sizes = {name: math.prod(shape) for name, shape in state.shapes.items()}
-    sizes |= {name: small.values.size for name, small in state.small.items()}
-    sizes |= {name: array.size for name, array in state.exact.items()}
-    return sum(size * getattr(torch, state.dtypes[name]).itemsize for name, size in sizes.items())
+    others = {name: small.values.shape for name, small in state.small.items()}
+    others |= {name: array.shape for name, array in state.exact.items()}
+    return own_bytes({**state.shapes, **others}, state.dtypes)
 
 
 Keep = Callable[[Callable[[], Statistics]], Statistics]

@@ -89,8 +89,9 @@ class Bench:
         return known if run.peer.requirements else known | {"factorpack": source_digest()}
 
     def key(self, run: Run) -> str:
-        script = Path(__file__).parent / "peers" / f"{run.peer.script}.py"
-        return key_of(self.task_key, run.name, self.versions(run), sha256(script.read_bytes()).hexdigest())
+        scripts = ("protocol.py", "indexed.py", f"peers/{run.peer.script}.py")
+        digests = [sha256((Path(__file__).parent / script).read_bytes()).hexdigest() for script in scripts]
+        return key_of(self.task_key, run.name, self.versions(run), digests)
 
     def missing(self, runs: Sequence[Run]) -> list[Run]:
         """Those of which there is no point of the same versions; one that failed is tried again."""

@@ -15,10 +15,10 @@ import numpy as np
 
 from factorpack._shapes import Int32
 from factorpack.container import Bill, Contents, TensorBill
-from factorpack.container.layout import NUMPY_DTYPES, Value
+from factorpack.container.layout import Value
 from factorpack.factors import FactoredWeight, OneHotCodes
 from factorpack.nn.loading import state_dict
-from factorpack.nn.state import SMALL, gridded
+from factorpack.nn.state import SMALL, gridded, own_bytes
 
 WIDEST = 32
 """Codes beyond ±32 are counted together, and so are all but the 65 codewords that are used most."""
@@ -243,12 +243,6 @@ def _why_exact(name: str, value: np.ndarray, dtype: str) -> str:
     return "asked for (--exclude)"
 
 
-def _dense_bytes(contents: Contents) -> int:
-    widths = {name: 2 if dtype == "bfloat16" else np.dtype(NUMPY_DTYPES[dtype]).itemsize
-              for name, dtype in contents.dtypes.items()}  # fmt: skip
-    return sum(math.prod(value.shape) * widths[name] for name, value in contents.tensors.items())
-
-
 def describe(file: str, contents: Contents, bill: Bill, provenance: Provenance) -> FileReport:
     """What a file tells by itself."""
 
@@ -271,9 +265,8 @@ def describe(file: str, contents: Contents, bill: Bill, provenance: Provenance) 
         OtherTensor(tied, "tied", contents.tensors[stored].shape, contents.dtypes[tied], f"the same tensor as {stored}")
         for tied, stored in contents.aliases.items()
     ]
-    return FileReport(
-        file, bill.size_bytes, _dense_bytes(contents), tuple(layers), bill.shared, tuple(others), provenance
-    )
+    dense = own_bytes({name: value.shape for name, value in contents.tensors.items()}, contents.dtypes)
+    return FileReport(file, bill.size_bytes, dense, tuple(layers), bill.shared, tuple(others), provenance)
 
 
 def with_losses(

@@ -169,6 +169,11 @@ def _relative(tensor: Tensor, power: float) -> Metric:
     return Metric(None, torch.full((tensor.shape[0],), 2 * power / max(energy, 1e-30)))
 
 
+def own_bytes(shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, str]) -> int:
+    """Bytes of tensors of these shapes in their own dtypes."""
+    return sum(math.prod(shape) * getattr(torch, dtypes[name]).itemsize for name, shape in shapes.items())
+
+
 def check_values(tensors: Mapping[str, object]) -> None:
     """UnsupportedError for a tensor that cannot be stored: one without values, say."""
     for name, tensor in tensors.items():

@@ -28,11 +28,6 @@ METADATA = (
 )
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    holder, _, last = name.rpartition(".")
-    setattr(model.get_submodule(holder), last, module)
-
-
 def encode(subject: Subject, setting: str, path: Path) -> Encoded:
     bits, group = map(int, setting.split("x"))
     tensors: dict[str, torch.Tensor] = {}
@@ -74,9 +69,8 @@ def decode(model: nn.Module, path: Path) -> nn.Module:
         layer = HQQLinear(None, BaseQuantizeConfig(), compute_dtype=torch.float32, device="cpu", initialize=False)
         layer.W_q = nn.Parameter(tensors.pop(f"{name}.W_q"), requires_grad=False)
         layer.meta, layer.in_gpu, layer.ready = meta, True, True
-        bias = tensors.pop(f"{name}.bias", None)
-        layer.bias = bias
-        _put(model, name, layer)
+        layer.bias = tensors.pop(f"{name}.bias", None)
+        model.set_submodule(name, layer)
     missing, unknown = model.load_state_dict(tensors, strict=False)
     if unknown:
         raise KeyError(unknown[0])

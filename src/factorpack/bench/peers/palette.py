@@ -3,8 +3,6 @@
 Weights of at most 2,048 entries stay float16. k-means sees at most 100,000 entries of a weight, drawn with seed 0.
 """
 
-import json
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 from torch import nn
 
+from factorpack.bench.indexed import Reader, joined, kept
 from factorpack.bench.protocol import Encoded, Subject, place, serve
 
 SMALLEST = 2048
@@ -32,8 +31,8 @@ def _packed(indices: NDArray[np.uint8], bits: int) -> bytes:
     return np.packbits(np.unpackbits(indices[:, None], axis=1)[:, 8 - bits :]).tobytes()
 
 
-def _unpacked(data: bytes, bits: int, size: int) -> NDArray[np.uint8]:
-    places = np.unpackbits(np.frombuffer(data, np.uint8))[: size * bits].reshape(size, bits)
+def _unpacked(data: NDArray[np.uint8], bits: int, size: int) -> NDArray[np.uint8]:
+    places = np.unpackbits(data)[: size * bits].reshape(size, bits)
     return np.packbits(np.pad(places, ((0, 0), (8 - bits, 0))), axis=1)[:, 0]
 
 
@@ -51,29 +50,23 @@ def encode(subject: Subject, setting: str, path: Path) -> Encoded:
             body += [palette.tobytes(), _packed(nearest, bits)]
             quantised.append(name)
         else:
-            kept = tensor.half().numpy() if tensor.is_floating_point() else tensor.numpy().astype("<i8")
-            index.append([name, list(tensor.shape), kept.dtype.str])
-            body.append(kept.tobytes())
-    head = zlib.compress(json.dumps(index).encode(), 9)
-    path.write_bytes(len(head).to_bytes(4, "little") + head + b"".join(body))
+            values = kept(tensor)
+            index.append([name, list(tensor.shape), values.dtype.str])
+            body.append(values.tobytes())
+    path.write_bytes(joined(index, body))
     return Encoded(quantised)
 
 
 def decode(model: nn.Module, path: Path) -> nn.Module:
-    data = path.read_bytes()
-    start = 4 + int.from_bytes(data[:4], "little")
+    file = Reader(path.read_bytes())
     tensors = {}
-    for name, shape, kind in json.loads(zlib.decompress(data[4:start])):
+    for name, shape, kind in file.index:
         size = int(np.prod(shape))
         if isinstance(kind, int):
-            palette = np.frombuffer(data, "<f2", 2**kind, start)
-            start += palette.nbytes
-            taken = -(-size * kind // 8)
-            values = palette.astype(np.float32)[_unpacked(data[start : start + taken], kind, size)]
+            palette = file.take("<f2", 2**kind).astype(np.float32)
+            values = palette[_unpacked(file.take("u1", -(-size * kind // 8)), kind, size)]
         else:
-            values = np.frombuffer(data, kind, size, start).copy()
-            taken = values.nbytes
-        start += taken
+            values = file.take(kind, size)
         tensors[name] = torch.from_numpy(values).reshape(shape)
     return place(model, tensors)
 

@@ -4,8 +4,6 @@ The integers of a weight are coded by a range coder at their own frequencies, wh
 dimension are float16. No data, no search: the least that any method has to beat.
 """
 
-import json
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from factorpack.bench.indexed import Reader, joined, kept
 from factorpack.bench.protocol import Encoded, Subject, place, serve
 
 
@@ -40,33 +39,24 @@ def encode(subject: Subject, setting: str, path: Path) -> Encoded:
             index.append([name, list(tensor.shape), step, low, len(frequencies), len(coded)])
             body += [frequencies.tobytes(), coded]
         else:
-            kept = tensor.half().numpy() if tensor.is_floating_point() else tensor.numpy().astype("<i8")
-            index.append([name, list(tensor.shape), kept.dtype.str])
-            body.append(kept.tobytes())
-    head = zlib.compress(json.dumps(index).encode(), 9)
-    path.write_bytes(len(head).to_bytes(4, "little") + head + b"".join(body))
+            values = kept(tensor)
+            index.append([name, list(tensor.shape), values.dtype.str])
+            body.append(values.tobytes())
+    path.write_bytes(joined(index, body))
     return Encoded(weights)
 
 
 def decode(model: nn.Module, path: Path) -> nn.Module:
-    data = path.read_bytes()
-    start = 4 + int.from_bytes(data[:4], "little")
+    file = Reader(path.read_bytes())
     tensors = {}
-
-    def take(dtype: str, size: int) -> NDArray[Any]:
-        nonlocal start
-        found = np.frombuffer(data, dtype, size, start)
-        start += found.nbytes
-        return found
-
-    for name, shape, *rest in json.loads(zlib.decompress(data[4:start])):
+    for name, shape, *rest in file.index:
         size = int(np.prod(shape))
         if len(rest) == 1:
-            values = take(rest[0], size).copy()
+            values = file.take(rest[0], size)
         else:
             step, low, alphabet, coded = rest
-            frequencies = take("<f2", alphabet)
-            coder = constriction.stream.queue.RangeDecoder(take("<u4", coded // 4).astype(np.uint32))
+            frequencies = file.take("<f2", alphabet)
+            coder = constriction.stream.queue.RangeDecoder(file.take("<u4", coded // 4).astype(np.uint32))
             values = (coder.decode(_model(frequencies), size) + low) * np.float32(step)
         tensors[name] = torch.from_numpy(np.ascontiguousarray(values)).reshape(shape)
     return place(model, tensors)
