@@ -67,7 +67,8 @@ def tables(folder: Path) -> str:
     parts.append(
         f"Scores: {scores}. “none”: no setting that was measured comes as near; “–”: not measured. Pictures: {pages}; "
         f"beside each lies the JSON, with times, memory, what each peer left dense, and the command of each "
-        f"point; `make bench` puts a page to point at there too. Measured at {', '.join(commits)} on {'; '.join(machines)}."
+        f"point; `make bench` puts a page to point at there too. Measured at {', '.join(commits)} on "
+        f"{'; '.join(machines)}."
     )
     return "\n\n".join(parts)
 
