@@ -224,7 +224,7 @@ def test_ctrl_c_leaves_the_best_file_so_far(digits_task, file: Path, tmp_path: P
     def bars(_console):
         yield Stopped(380)
 
-    monkeypatch.setattr("factorpack.cli.bars", bars)
+    monkeypatch.setattr("factorpack.cli.making.bars", bars)
     out = tmp_path / "stopped.fpk"
     found = run(*arguments(digits_task, file, out, "--json"))
     assert found.exit_code == 130, found.stderr
@@ -242,7 +242,7 @@ def test_a_state_of_other_options_is_refused(digits_task, file: Path, tmp_path: 
 
     out = tmp_path / "stopped.fpk"
     with monkeypatch.context() as patched:
-        patched.setattr("factorpack.cli.bars", bars)
+        patched.setattr("factorpack.cli.making.bars", bars)
         run(*arguments(digits_task, file, out))
     state = tmp_path / "stopped.fpk.training" / "state.pt"
     assert state.exists()

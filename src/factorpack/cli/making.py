@@ -1,123 +1,47 @@
-"""The command line: arguments and printing, nothing else."""
+"""Commands that make files: from a network, or from a file that is trained."""
 
-import errno
-import json
-import os
 import shlex
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import wraps
 from math import isfinite, prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from factorpack.bars import bars
-from factorpack.errors import FactorpackError, TaskError, UnsupportedError
+from factorpack.cli.shared import (
+    Cluster,
+    Exclude,
+    FileArgument,
+    Form,
+    Jobs,
+    Json,
+    Seed,
+    TaskArgument,
+    app,
+    check_folder,
+    command,
+    note,
+    notes,
+    print_json,
+    read_plan,
+    score_of,
+    scores_told,
+    screen,
+    waiting,
+)
+from factorpack.errors import UnsupportedError
 from factorpack.sizes import human, parse_size
 
 if TYPE_CHECKING:
-    from factorpack.bench.results import Results
     from factorpack.container import Bill
     from factorpack.curve import Kept
     from factorpack.hf.folder import Folder
     from factorpack.pipeline import Source
-    from factorpack.plan import ModelPlan
-    from factorpack.task import Scores, Task
-
-app = typer.Typer(
-    help="Trained networks as small as their accuracy allows, in one file whose size is promised.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-exports = typer.Typer(help="Write a compressed network as a file of another format.", no_args_is_help=True)
-app.add_typer(exports, name="export")
-notes = Console(stderr=True)
-screen = Console(markup=False)
-
-TaskArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="TASK",
-        help="A task file (.py), module:attribute, a .safetensors file or a folder of them; for compress a folder of "
-        "Hugging Face too.",
-    ),
-]
-FileArgument = Annotated[Path, typer.Argument(metavar="FILE.fpk", help="A compressed file.")]
-Form = Annotated[str, typer.Option(help="auto, direct, sparse_pca, svd, vq or separable for all weights.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Exclude = Annotated[
-    list[str] | None, typer.Option(metavar="PATTERN", help="Keep tensors of such names exactly; may be repeated.")
-]
-Jobs = Annotated[
-    int, typer.Option(metavar="N", help="Cores to use. The file is the same; each takes 0.3 GB of memory and more.")
-]
-Cluster = Annotated[
-    str,
-    typer.Option(metavar="tcp://HOST:PORT", help="A Dask scheduler, whose workers then do what processes would."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
-
-
-def command(function: Callable[..., None]) -> Callable[..., None]:
-    """A command whose known errors are one line on stderr and exit code 1."""
-
-    @wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-        except FactorpackError as error:
-            notes.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-            raise typer.Exit(1) from None
-        except BrokenPipeError:
-            # Who reads has read enough.
-            raise
-        except OSError as error:
-            # Temporary folders, and what is printed, take space too.
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            text = f"{error}{': free space there' if full else ''}"
-            notes.print(f"[bold red]error:[/] {escape(text)}", highlight=False, soft_wrap=True)
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            notes.print("stopped; a file is written complete or not at all")
-            raise typer.Exit(130) from None
-
-    return wrapped
-
-
-@contextmanager
-def _waiting(what: str) -> Iterator[None]:
-    with notes.status(f"{what} ..."):
-        yield
-
-
-def _result(data: Mapping[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(data), flush=True)
-
-
-def _scores(scores: "Scores") -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-
-
-def _score(task: "Task", path: Path) -> "Scores":
-    from factorpack.pipeline import load
-
-    with _waiting("evaluating the file, loaded back"):
-        return task.evaluate(load(path, task.model()))
-
-
-def _note(text: str) -> None:
-    notes.print(f"note: {escape(text)}", highlight=False, soft_wrap=True)
+    from factorpack.task import Task
 
 
 def _source(spec: str, scored: str = "") -> tuple["Task | None", "Source"]:
@@ -147,21 +71,12 @@ def _folder_source(folder: "Folder", calibrate: Path | None, seed: int, scored: 
     if folder.method:
         raise UnsupportedError(f"{folder.path} is quantized already ({folder.method}): give the original weights")
     if calibrate is None:
-        _note("without --calibrate (a text file, one sentence a line, or a folder of images) a file costs much more")
+        note("without --calibrate (a text file, one sentence a line, or a folder of images) a file costs much more")
         return Source(stored_tensors(folder.root))
     from factorpack.hf.calibration import calibrated
 
-    with _waiting("loading the network"):
+    with waiting("loading the network"):
         return calibrated(folder, calibrate, seed)
-
-
-def _read_plan(path: Path) -> "ModelPlan":
-    from factorpack.plan import ModelPlan
-
-    try:
-        return ModelPlan.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UnsupportedError(f"cannot read the plan {path}: {error}") from error
 
 
 def _check_goal(size: str, ratio: float, max_drop: float | None, plan: Path | None) -> None:
@@ -176,11 +91,6 @@ def _check_goal(size: str, ratio: float, max_drop: float | None, plan: Path | No
         raise UnsupportedError(f"--ratio is a positive number, not {ratio}")
     if max_drop is not None:
         check_drop(max_drop)
-
-
-def _check_folder(path: Path | None, option: str) -> None:
-    if path is not None and not path.parent.is_dir():
-        raise UnsupportedError(f"the folder {path.parent} does not exist: make it first, or choose another {option}")
 
 
 @app.command(
@@ -262,15 +172,15 @@ def compress(
     from factorpack.search import Options
 
     _check_goal(size, ratio, max_drop, plan)
-    _check_folder(out, "--out")
-    _check_folder(save_plan, "--save-plan")
+    check_folder(out, "--out")
+    check_folder(save_plan, "--save-plan")
     if plan is not None and (form, solver, rank) != ("auto", "sequential", "rate"):
         raise UnsupportedError("a plan says the form of each weight: leave --form, --solver and --rank out")
     if resume and cache is None:
         cache = out.with_name(out.name + ".cache")
     if resume and cache is not None and not cache.exists():
-        _note(f"there is nothing to resume in {cache}: the run begins anew, and can be gone on with from now on")
-    goal = Goal(parse_size(size) if size else 0, ratio, max_drop, _read_plan(plan) if plan else None)
+        note(f"there is nothing to resume in {cache}: the run begins anew, and can be gone on with from now on")
+    goal = Goal(parse_size(size) if size else 0, ratio, max_drop, read_plan(plan) if plan else None)
     options = Options(form, solver, seed, tuple(exclude or ()), keep_batch_norms, rank, jobs, cluster)
     folder = read_folder(Path(task))
     whole = folder is not None and out.suffix != ".fpk"
@@ -284,11 +194,11 @@ def compress(
     with bars(notes) as progress:
         if folder is None:
             loaded, source = _source(task, "--max-drop" if max_drop is not None else "")
-        packed, state, kept = Workshop(source, options, cache, progress, _note).made(goal, loaded)
+        packed, state, kept = Workshop(source, options, cache, progress, note).made(goal, loaded)
         seconds = time.perf_counter() - start
     if save_plan is not None:
         write(save_plan, packed.plan.to_json().encode())
-    score = (lambda path: _score(loaded, path)) if loaded is not None and loaded.has("evaluate") else None
+    score = (lambda path: score_of(loaded, path)) if loaded is not None and loaded.has("evaluate") else None
     file = out
     if folder is not None and whole:
         file = write_around(folder, out, state.dtypes, state.aliases, dense_bytes(state))
@@ -307,7 +217,7 @@ def compress(
     if report.bits_per_weight is not None:
         screen.print(_bits(report.bits_per_weight, report.gaussian_bits_per_weight), highlight=False)
     if report.scores:
-        screen.print(f"scores of the file, loaded back: {_scores(dict(report.scores))}", highlight=False)
+        screen.print(f"scores of the file, loaded back: {scores_told(dict(report.scores))}", highlight=False)
     if kept is not None:
         _print_kept(kept)
     found = {
@@ -322,7 +232,7 @@ def compress(
             "original": kept.original, "drop": kept.drop, "evaluations": kept.evaluations,
             "score_spread": kept.score_spread,
         }  # fmt: skip
-    _result(found, as_json)
+    print_json(found, as_json)
 
 
 def _bits(stored: float, gaussian: float | None) -> str:
@@ -371,7 +281,7 @@ def curve(
     with working(jobs, cluster) as workers, bars(notes) as progress:
         loaded, source = _source(task, "a curve")
         assert loaded is not None
-        analysis = analyse(source, options, out, progress, _note, workers)
+        analysis = analyse(source, options, out, progress, note, workers)
 
         def again(wanted: int) -> str:
             chosen = [part for pattern in options.exclude for part in ("--exclude", pattern)]
@@ -392,47 +302,7 @@ def curve(
     table.add_row("original", *(f"{value:.4g}" for value in found.original.values()), "")
     screen.print(table)
     screen.print(f"{out / 'curve.json'}, {out / 'curve.png'}", highlight=False, soft_wrap=True)
-    _result(asdict(found), as_json)
-
-
-@app.command(epilog="Example: factorpack bench task.py --peers factorpack,nncodec,palette:4 --out results")
-@command
-def bench(
-    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Task files (.py) that can be scored.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder of TASK.json, TASK.png and TASK.html.")],
-    peers: Annotated[
-        str,
-        typer.Option(
-            metavar="LIST",
-            help="Names with commas between them; NAME:SETTING for one point alone, such as nncodec:-24.",
-        ),
-    ] = "all",
-    as_json: Json = False,
-) -> None:
-    """Measure Factorpack and its peers on the same networks, data and machine, and draw size against score.
-
-    Each peer has an environment of its own in .bench, which is made when it is first needed. What is measured already
-    is not measured again: a run that was stopped goes on where it was.
-    """
-    from factorpack.bench.page import page
-    from factorpack.bench.plots import plot
-    from factorpack.bench.registry import parse_peers
-    from factorpack.bench.runs import Bench, run_all
-    from factorpack.container import make_folder, write
-    from factorpack.curve import require_plots
-
-    require_plots()
-    runs = parse_peers(peers)
-    make_folder(out)
-    benches = [Bench(task, out) for task in tasks]
-
-    def draw(results: "Results") -> None:
-        write(out / f"{results.name}.png", plot(results))
-        write(out / f"{results.name}.html", page(results).encode())
-        screen.print(f"{out / results.name}.json, .png, .html", highlight=False, soft_wrap=True)
-
-    found = run_all(benches, runs, lambda line: notes.print(escape(line), highlight=False, soft_wrap=True), draw)
-    _result({"tasks": [asdict(results) for results in found]}, as_json)
+    print_json(asdict(found), as_json)
 
 
 def _forms(bill: "Bill") -> dict[str, int]:
@@ -494,7 +364,7 @@ def finetune(
     from factorpack.training import Run
     from factorpack.training_options import Lessons, TrainingOptions
 
-    _check_folder(out, "--out")
+    check_folder(out, "--out")
     options = TrainingOptions(
         parse_size(size) if size else None, steps, epochs, minutes, learning_rate, distil, compare, features,
         orthogonality, device, precision, resume,
@@ -502,19 +372,19 @@ def finetune(
     loaded = load_task(task)
     with bars(notes) as progress:
         run = Run(loaded.model(), file, out, Lessons(loaded.training, loaded.loss, loaded.output), options, progress,
-                  _note)  # fmt: skip
+                  note)  # fmt: skip
         try:
             run.train()
         except KeyboardInterrupt:
             if not isfinite(run.state.held_loss):
                 raise
-            _note(f"stopped: {out} is the best file so far; --resume goes on")
+            note(f"stopped: {out} is the best file so far; --resume goes on")
     if not run.accelerator.is_main_process:
         return
     report = run.report(None)
     if loaded.has("evaluate"):
         start = time.perf_counter()
-        report = replace(report, scores=_score(loaded, out), evaluation_seconds=time.perf_counter() - start)
+        report = replace(report, scores=score_of(loaded, out), evaluation_seconds=time.perf_counter() - start)
     screen.print(
         f"{out}: {report.size_bytes:,} bytes, {report.ratio:.1f} times smaller, {report.seconds:.0f} s, {report.steps} "
         f"steps; held-out loss {report.held_loss_before:.4g} before, {report.held_loss:.4g} after step "
@@ -522,181 +392,8 @@ def finetune(
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     if report.scores:
-        screen.print(f"scores of the file, loaded back: {_scores(dict(report.scores))}", highlight=False)
+        screen.print(f"scores of the file, loaded back: {scores_told(dict(report.scores))}", highlight=False)
     before = report.held_loss_before if isfinite(report.held_loss_before) else None
-    _result({"file": str(out)} | asdict(report) | {"held_loss_before": before}, as_json)
+    print_json({"file": str(out)} | asdict(report) | {"held_loss_before": before}, as_json)
     if not report.complete:
         raise typer.Exit(130)
-
-
-@app.command(epilog="Example: factorpack evaluate task.py model.fpk")
-@command
-def evaluate(
-    task: TaskArgument,
-    file: Annotated[Path | None, typer.Argument(metavar="[FILE.fpk]", help="A compressed file.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Score the original network and, beside it, the one that is loaded back from a file."""
-    from factorpack.task import load_task
-
-    loaded = load_task(task)
-    size = None
-    scores: Scores = {}
-    if file is not None:
-        scores = _score(loaded, file)
-        size = file.stat().st_size
-    with _waiting("evaluating the original"):
-        original = loaded.evaluate(loaded.model())
-    table = Table("score", "original", *([str(file)] if file else []))
-    for name, value in original.items():
-        table.add_row(name, f"{value:.4f}", *([f"{scores[name]:.4f}" if name in scores else "-"] if file else []))
-    screen.print(table)
-    _result({"size_bytes": size, "scores": scores, "original": original}, as_json)
-
-
-@app.command(epilog="Example: factorpack inspect model.fpk")
-@command
-def inspect(file: FileArgument, as_json: Json = False) -> None:
-    """Show where the bytes of a file are; the bill adds up to the file's size."""
-    from factorpack.container import File
-
-    opened = File(file)
-    with _waiting("decoding"):
-        bill = opened.bill()
-    table = Table("tensor", "form", "shape", "codes", "basis", "tables", "steps", "check", "bytes", "bits/weight")
-    for column in table.columns[3:]:
-        column.justify = "right"
-    for weight in bill.weights:
-        parts = [weight.parts.get(part, 0) for part in ("codes", "basis", "tables", "steps", "checksums")]
-        bits = 8 * weight.size_bytes / prod(weight.shape)
-        shape = "x".join(map(str, weight.shape))
-        table.add_row(weight.name, weight.form, shape, *map(str, parts), str(weight.size_bytes), f"{bits:.2f}")
-    table.add_section()
-    for part, value in bill.shared.items():
-        table.add_row(f"{part} ({len(opened.small)})" if part == "small tensors" else part, *[""] * 7, str(value), "")
-    table.add_section()
-    table.add_row("file", *[""] * 7, str(bill.size_bytes), "")
-    (screen if screen.is_terminal else Console(width=max(screen.width, 150), markup=False)).print(table)
-    weights = [asdict(w) | {"size_bytes": w.size_bytes} for w in bill.weights]
-    _result({"size_bytes": bill.size_bytes, "parts": bill.parts, "weights": weights, "shared": bill.shared}, as_json)
-
-
-@app.command(epilog="Example: factorpack report model.fpk --task task.py --out report.html")
-@command
-def report(
-    file: FileArgument,
-    out: Annotated[Path, typer.Option(metavar="REPORT.html", help="The page to write; it needs nothing beside it.")],
-    task: Annotated[
-        str, typer.Option(metavar="TASK", help="What the file was made from: then the page tells what that lost.")
-    ] = "",
-    plan: Annotated[
-        Path | None, typer.Option(metavar="PLAN.json", help="What compress --save-plan wrote: seed and command.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Write a page on a file: bytes, codes and, beside the original, losses of each layer and scores."""
-    from factorpack.container import write
-    from factorpack.reporting import Subject, measured, original_of
-
-    _check_folder(out, "--out")
-    decided = _read_plan(plan) if plan else None
-    with bars(notes) as progress:
-        found = measured(Subject(file, original_of(task) if task else None, decided, plan, out), progress)
-    write(out, found.to_html().encode())
-    screen.print(f"{out}: {len(found.layers)} layers, {found.size_bytes:,} bytes", highlight=False, soft_wrap=True)
-    if found.comparison is not None and found.comparison.scores:
-        original, scores = dict(found.comparison.original), dict(found.comparison.scores)
-        screen.print(f"{_scores(scores)}; original {_scores(original)}", highlight=False, soft_wrap=True)
-    if found.comparison is not None and found.comparison.unlike:
-        _note(f"zeros would be nearer to the weights of {task} than the file's are: was it made from these?")
-    _result({"page": str(out)} | found.to_dict(), as_json)
-
-
-@app.command(epilog="Example: factorpack verify model.fpk")
-@command
-def verify(file: FileArgument, as_json: Json = False) -> None:
-    """Check every length and checksum of a file and decode all of it."""
-    from factorpack.container import File
-    from factorpack.factors import FactoredVector, FactoredWeight
-
-    opened = File(file)
-    stored = [name for name in opened.shapes if name not in opened.aliases]
-    with bars(notes) as progress:
-        for done, name in enumerate(stored):
-            progress("decoding", done, len(stored))
-            tensor = opened.tensor(name)
-            if isinstance(tensor, FactoredWeight | FactoredVector):
-                tensor.tensor()
-    names, size = len(opened.shapes), file.stat().st_size
-    screen.print(f"{file}: good, {names} tensors, {size:,} bytes", highlight=False)
-    _result({"ok": True, "tensors": names, "size_bytes": size}, as_json)
-
-
-@app.command(epilog="Example: factorpack decompress model.fpk --out model.safetensors")
-@command
-def decompress(
-    file: FileArgument,
-    out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="The file to write.")],
-    as_json: Json = False,
-) -> None:
-    """Write all tensors, dense and in their original dtypes, as a safetensors file."""
-    from safetensors.torch import save
-
-    from factorpack.container import write
-    from factorpack.pipeline import load_state_dict
-
-    # Tied tensors are written under each of their names: safetensors holds no two names for one tensor.
-    dense = {name: tensor.clone().contiguous() for name, tensor in load_state_dict(file).items()}
-    try:
-        data = save(dense)
-    except KeyError as error:
-        raise UnsupportedError(f"safetensors has no place for {error}: use factorpack.load_state_dict") from error
-    write(out, data)
-    screen.print(f"{out}: {len(dense)} tensors, {human(out.stat().st_size)}", highlight=False)
-    _result({"file": str(out), "tensors": len(dense), "size_bytes": out.stat().st_size}, as_json)
-
-
-@exports.command("onnx", epilog="Example: factorpack export onnx task.py model.fpk --out model.onnx")
-@command
-def export_onnx(
-    task: TaskArgument,
-    file: FileArgument,
-    out: Annotated[Path, typer.Option(metavar="FILE.onnx", help="The file to write.")],
-    mode: Annotated[
-        str,
-        typer.Option(
-            help="fold: the runtime recombines the weights once, when it loads the file; dense speed. stream: at every "
-            "run, each weight when it is needed; little memory."
-        ),
-    ] = "fold",
-    as_json: Json = False,
-) -> None:
-    """Write a compressed network as an ONNX file of standard operators that stays small.
-
-    The graph takes what the first batch of calibration() holds, with as many samples as you like.
-    """
-    from factorpack.export.onnx import export_onnx as export
-    from factorpack.task import load_task
-
-    _check_folder(out, "--out")
-    loaded = load_task(task)
-    batches = loaded.calibration()
-    if not batches:
-        raise TaskError(f"{loaded.name}: calibration() holds no batch to call the network with")
-    with _waiting("exporting, and comparing with onnxruntime"):
-        report = export(file, loaded.model(), batches[0], out, mode)
-    for name in report.dense:
-        _note(f"the graph has no tensor {name}: what torch made of it there is stored as plain numbers")
-    if report.largest_difference is None:
-        _note("onnxruntime is not installed: the graph was checked, but not run")
-    else:
-        screen.print(f"outputs in onnxruntime are torch's to {report.largest_difference:.1g}", highlight=False)
-    size, packed = report.size_bytes, file.stat().st_size
-    screen.print(f"{out}: {size:,} bytes, {size / packed:.1f} times {file}", highlight=False, soft_wrap=True)
-    _result({"file": str(out), "mode": mode} | asdict(report), as_json)
-
-
-def main() -> None:
-    """The entry point."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(app())
