@@ -160,7 +160,13 @@ def children(parent: int) -> set[int]:
 
 @pytest.mark.skipif(not PROCESSES, reason="processes are found in /proc")
 def test_an_interrupt_ends_the_workers(digits_task, tmp_path):
-    arguments = ["compress", str(digits_task.path), "--size", "6KB", "--jobs", "2", "--form", "vq"]
+    # So slow that the interrupt comes before the end on any machine.
+    slow = Path(digits_task.path).with_name("slow.py")
+    slow.write_text(
+        "import time\nfrom digits_task import *\nfrom digits_task import model as quick\n\n\ndef model():\n"
+        "    network = quick()\n    network.register_forward_pre_hook(lambda *_: time.sleep(2))\n    return network\n"
+    )
+    arguments = ["compress", str(slow), "--size", "6KB", "--jobs", "2", "--form", "vq"]
     code = "from factorpack.cli import main; main()"
     run = subprocess.Popen(
         [sys.executable, "-c", code, *arguments, "--out", str(tmp_path / "m.fpk")],
