@@ -1,10 +1,10 @@
 """How fast are networks compressed, decoded and loaded, beside NNCodec, fp16 safetensors and an empty Python?
 
-    python bench/speed.py TASK --size 60KB [--file FILE.fpk] [--nncodec .bench/nncodec/bin/python --qp -16]
+    python bench/speed.py TASK --size 60KB [--file FILE.fpk] [--nncodec --qp -16]
 
 Seconds of the processor and million weights in a second, the least of `REPEATS`; what is compared is measured in turn
-and told as the median of the ratios. --file spares the compression. --nncodec names a Python of its own where NNCodec
-2.1.3 is installed without what it only trains with; torch is taken from here. The last line is JSON.
+and told as the median of the ratios. --file spares the compression. --nncodec decodes
+NNCodec 2.1.3 too, in the environment that `factorpack bench` has for it. The last line is JSON.
 """
 
 import argparse
@@ -20,10 +20,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 
 import factorpack
+from factorpack.bench.environments import python_of
+from factorpack.bench.registry import PEERS
+from factorpack.bench.runs import WORK
 from factorpack.container import read
 from factorpack.nn.loading import state_dict
 from factorpack.pipeline import Source, one_thread
@@ -33,29 +35,11 @@ from factorpack.task import Task, load_task
 
 REPEATS = 7
 PEER = """
-import sys, time, types
-from importlib.machinery import ModuleSpec
-from unittest.mock import MagicMock
-tensors, qp, packages, folder = sys.argv[1:]
-sys.path.append(packages)
-
-class Absent(types.ModuleType):
-    __path__ = []
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return MagicMock()
-
-class Finder:
-    find_spec = staticmethod(lambda name, _path=None, _target=None: ModuleSpec(name, Finder, is_package=True)
-        if name.partition(".")[0] in ("torchvision", "cv2", "torchmetrics", "ptflops") else None)
-    create_module = staticmethod(lambda spec: Absent(spec.name))
-    exec_module = staticmethod(lambda _module: None)
-
-sys.meta_path.insert(0, Finder)
+import sys, time
 import numpy as np
-import nncodec.nn as codec
+from factorpack.bench.peers.nncodec import codec
 from safetensors.numpy import load_file
+tensors, qp, folder = sys.argv[1:]
 values = {name: np.asarray(value, np.float32).copy() for name, value in load_file(tensors).items()}
 start = time.process_time()
 stream = bytes(codec.encode(values, {"qp": int(qp), "results": folder, "verbose": False}))
@@ -71,11 +55,11 @@ for _ in sys.stdin:
 class Peer:
     """NNCodec in a process of its own."""
 
-    def __init__(self, python: str, tensors: dict, qp: int, folder: str) -> None:
+    def __init__(self, tensors: dict, qp: int, folder: str) -> None:
         path = Path(folder) / "floats.safetensors"
         save_file({name: value.float().contiguous() for name, value in tensors.items()}, path)
-        packages = str(Path(torch.__file__).parents[1])
-        command = [python, "-c", PEER, str(path), str(qp), packages, folder]
+        python = python_of(WORK / "environments", "nncodec", PEERS["nncodec"].requirements)
+        command = [str(python), "-c", PEER, str(path), str(qp), folder]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         size, seconds = self._told("ready")
         self.size_bytes, self.encode_seconds = int(size), float(seconds)
@@ -157,7 +141,7 @@ def main() -> None:
     parser.add_argument("task")
     parser.add_argument("--size", default="60KB")
     parser.add_argument("--file", type=Path)
-    parser.add_argument("--nncodec", help="a Python that has it")
+    parser.add_argument("--nncodec", action="store_true", help="decode its file too")
     parser.add_argument("--qp", type=int, default=-16)
     arguments = parser.parse_args()
     task, results = load_task(arguments.task), {}
@@ -190,7 +174,7 @@ def main() -> None:
         if arguments.nncodec:
             state = task.model().state_dict()
             floats = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
-            peer = Peer(arguments.nncodec, floats, arguments.qp, folder)
+            peer = Peer(floats, arguments.qp, folder)
             found = in_turn(decode, peer.decode)
             # Of speeds, so that more is better.
             found["ratio"] = 1 / found["ratio"]
