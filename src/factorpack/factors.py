@@ -287,7 +287,8 @@ class FactoredWeight:
                 product = codes.integers[:, part].astype(np.float64 if exact is None else exact.dtype)
                 # Integers below 2^53: exact in float64 in whatever order a machine adds them.
                 product = product if exact is None else exact @ product
-            tiles[:, part] = product * (rows * columns[part])
+            scales = rows * columns[part]
+            np.multiply(product, scales, out=tiles[:, part], dtype=np.float64, casting="same_kind")
         return tiles
 
     def tensor(self) -> Float32[np.ndarray, "..."]:

@@ -3,9 +3,18 @@
 import numpy as np
 import pytest
 
-from factorpack.coding import rans, reference
+from factorpack.coding import compiled, rans, reference
 from factorpack.coding.models import normalised
 from factorpack.errors import FormatError, MismatchError
+
+
+@pytest.fixture(autouse=True, params=["compiled", "Python"])
+def decoder(request, monkeypatch):
+    """Everything here is true with the decoder as machine code, and where there is none."""
+    if request.param == "Python":
+        monkeypatch.setattr(compiled, "library", lambda: None)
+    elif compiled.library() is None:
+        pytest.skip("there was no C compiler when the package was installed")
 
 
 def tables_of(rng, symbols, number, skew):
