@@ -66,6 +66,18 @@ def distilbert(folder: Path) -> Path:
     return _saved(DistilBertForSequenceClassification(config), tokenizer(), folder)
 
 
+def llama_like(folder: Path, **options: object) -> Path:
+    """A decoder of two blocks with a head of its own."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32, bos_token_id=1, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    return _saved(LlamaForCausalLM(config), tokenizer(), folder, **options)
+
+
 def t5(folder: Path) -> Path:
     """An encoder and a decoder, three uses of one embedding."""
     from transformers import T5Config, T5ForConditionalGeneration

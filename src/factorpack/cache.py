@@ -6,12 +6,10 @@ The folder holds one subfolder a question, named by the first 16 hex digits of i
     rates.json                      the λ of the analysis
     rung-00.json, .fpk              form, loss and size of every layer at one λ, and the weights that are needed again
 
-Each JSON file holds the key, a checksum of its content and one of the file beside it. What does not fit them is made
-again, what is of another key stays where it is. The key covers all tensors, the network as it is printed, the data,
-the options and the version of this package, not the code of the network.
+What is damaged is made again, what is of another key stays where it is (`store`). The key covers all tensors, the
+network as it is printed, the data, the options and the version of this package, not the code of the network.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,22 +24,15 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from factorpack import __version__
-from factorpack.container import Contents, make_folder, read, to_bytes, write
+from factorpack.container import Contents, make_folder, read, to_bytes
 from factorpack.errors import UnsupportedError
 from factorpack.factors import FactoredWeight
 from factorpack.nn.state import State
 from factorpack.nn.statistics import Sample, Statistics, WeightStatistics
 from factorpack.pipeline import Source, one_thread
 from factorpack.search import Candidate, Options, Packed, Progress, Rung, pack, rates_of, resolved, rung
+from factorpack.store import Note, Store
 from factorpack.workers import ALONE, Workers
-
-Note = Callable[[str], None]
-"""Told in a sentence of what was found wrong and mended."""
-
-
-def unheard(_text: str) -> None:
-    """A note that nobody reads."""
-
 
 RUNGS_HELD = 4
 """So many rungs' weights stay in memory: choices fall on neighbours."""
@@ -92,15 +83,13 @@ def key_of(source: Source, options: Options) -> str:
     Raises UnsupportedError for a calibration batch of which it cannot tell whether it is the same.
     """
     digest = sha256()
-    model = source.model
-    tensors: Mapping[str, Any] = model.state_dict() if isinstance(model, nn.Module) else model
-    printed = None
-    if isinstance(model, nn.Module):
+    network, printed = source.network, None
+    if network is not None:
         # Strides and paddings are in no tensor, nor is what a hook makes of the output. Addresses, which some modules
         # print, change with every run.
-        told = [repr(part) for part in (model, *model._forward_hooks.values())]
+        told = [repr(part) for part in (network, *network._forward_hooks.values())]
         printed = re.sub(r" at 0x[0-9a-fA-F]+", "", "\n".join(told))
-    for name, tensor in tensors.items():
+    for name, tensor in source.tensors.items():
         if isinstance(tensor, Tensor):
             _feed(digest, name)
             _feed(digest, tensor)
@@ -108,48 +97,6 @@ def key_of(source: Source, options: Options) -> str:
     asked = {name: value for name, value in asdict(options).items() if name not in ("jobs", "cluster")}
     _feed(digest, [printed, source.batches, source.output, asked, __version__])
     return digest.hexdigest()
-
-
-def _checksum(content: object) -> str:
-    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Store:
-    """A subfolder `folder` of JSON files, each with at most one file of bytes beside it, all of one `key`."""
-
-    folder: Path
-    key: str
-    note: Note
-
-    def path(self, name: str, suffix: str) -> Path:
-        return self.folder / f"{name}{suffix}"
-
-    def load(self, name: str) -> Any:
-        """The content of `name`; None where it is not there or, with a note, not as it was written."""
-        path = self.path(name, ".json")
-        if not path.exists():
-            return None
-        try:
-            held = json.loads(path.read_bytes())
-            good = held["key"] == self.key and held["checksum"] == _checksum(held["content"])
-            for suffix, checksum in held["beside"].items():
-                good &= sha256(self.path(name, suffix).read_bytes()).hexdigest() == checksum
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            good = False
-        if good:
-            return held["content"]
-        self.note(f"{path} is damaged or of another model: it is made again")
-        return None
-
-    def save(self, name: str, content: object, beside: Mapping[str, bytes] | None = None) -> None:
-        """Writes the JSON file last, so that what it vouches for is there."""
-        beside = beside or {}
-        for suffix, data in beside.items():
-            write(self.path(name, suffix), data)
-        sums = {suffix: sha256(data).hexdigest() for suffix, data in beside.items()}
-        held = {"key": self.key, "checksum": _checksum(content), "beside": sums, "content": content}
-        write(self.path(name, ".json"), json.dumps(held).encode())
 
 
 def opened(source: Source, options: Options, folder: Path, note: Note) -> Store:
@@ -222,7 +169,7 @@ def cached_state(store: Store, source: Source, options: Options, progress: Progr
         return found
 
     with one_thread():
-        return source.state(options, progress, keep, workers)
+        return source.state(options, progress, keep, workers, store)
 
 
 @dataclass(frozen=True, eq=False)

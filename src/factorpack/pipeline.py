@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,16 @@ from factorpack.container import Bill, File, read, write
 from factorpack.errors import UnsupportedError
 from factorpack.evaluate.limit import gaussian_bits_of
 from factorpack.nn.folding import fold_batch_norms
+from factorpack.nn.layerwise import calibrate
 from factorpack.nn.loading import place_dense, place_on_the_fly, state_dict
+from factorpack.nn.on_disk import NetworkOnDisk
 from factorpack.nn.prefix import Prefix, copy_of
-from factorpack.nn.state import State, check_values, own_bytes, read_state, read_stored
+from factorpack.nn.state import State, check_values, own_bytes, read_on_disk, read_state, read_stored
 from factorpack.nn.statistics import Statistics, collect
 from factorpack.nn.stored import Shaped, StoredTensors
 from factorpack.plan import ModelPlan
 from factorpack.search import Options, Packed, Progress, pack
+from factorpack.store import Store
 from factorpack.task import Evaluate, Scores, Task, as_scores, checked_output
 from factorpack.workers import ALONE, Workers, working
 
@@ -110,10 +114,12 @@ Keep = Callable[[Callable[[], Statistics]], Statistics]
 class Source:
     """What is compressed: a network with its calibration `batches` (None: by relative error), or tensors alone.
 
+    Of a network that is on disk, calibrated block by block, there are batches.
+
     `output` says what the network returns, "logits" or "embedding".
     """
 
-    model: nn.Module | StoredTensors
+    model: nn.Module | StoredTensors | NetworkOnDisk
     batches: Sequence[object] | None = None
     output: str = "logits"
 
@@ -122,14 +128,34 @@ class Source:
         """What a task hands over; without calibration() by relative error."""
         return cls(task.model(), task.calibration() if task.has("calibration") else None, task.output)
 
+    @property
+    def network(self) -> nn.Module | None:
+        """The network, without its values where these are on disk; None where there are tensors alone."""
+        if isinstance(self.model, NetworkOnDisk):
+            return self.model.model
+        return self.model if isinstance(self.model, nn.Module) else None
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """What there is by name."""
+        if isinstance(self.model, NetworkOnDisk):
+            return self.model.tensors
+        return self.model.state_dict() if isinstance(self.model, nn.Module) else self.model
+
     def state(
         self, options: Options, progress: Progress = silent, keep: Keep = lambda take: take(),
-        workers: Workers = ALONE,
+        workers: Workers = ALONE, store: Store | None = None,
     ) -> State:  # fmt: skip
         """What is to be stored, and what calibration says of it.
 
-        Works on a copy of the network, in eval mode, with its batch norms folded unless the options keep them.
+        The latter, of a network on disk, is put in `store`, or where there is none in a temporary folder. Otherwise
+        works on a copy of the network, in eval mode, with its batch norms folded unless the options keep them.
         """
+        if isinstance(self.model, NetworkOnDisk):
+            held = store or Store.temporary()
+            batches = [] if self.batches is None else self.batches
+            found = calibrate(self.model, batches, self.output, options.seed, held, progress, workers.threads)
+            return read_on_disk(self.model, found, options.exclude)
         if not isinstance(self.model, nn.Module):
             return read_stored(self.model, options.exclude)
         # Before the network is run: without values it fails in ways of its own.

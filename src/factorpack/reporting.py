@@ -22,7 +22,7 @@ from factorpack.evaluate.report import Comparison, FileReport, Provenance, descr
 from factorpack.factors import FactoredWeight
 from factorpack.nn.loading import place_dense, state_dict
 from factorpack.nn.prefix import copy_of
-from factorpack.nn.stored import holds_weights_alone, stored_tensors
+from factorpack.nn.stored import StoredTensors, holds_weights_alone, stored_tensors
 from factorpack.pipeline import Source, silent
 from factorpack.plan import ModelPlan
 from factorpack.search import Options, Progress
@@ -160,7 +160,7 @@ def _commands(subject: Subject, size: int) -> dict[str, str]:
 def _against_tensors(found: FileReport, contents: Contents, original: Original, progress: Progress) -> FileReport:
     """Bare weights tell of relative errors alone."""
     tensors = original.source.model
-    assert not isinstance(tensors, nn.Module)
+    assert isinstance(tensors, StoredTensors)
     for layer in found.layers:
         shape = tensors.shapes.get(layer.name)
         if shape != layer.shape:

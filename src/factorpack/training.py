@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from factorpack.cache import Note, unheard
 from factorpack.container import Contents, File, make_folder, read, write
 from factorpack.errors import BudgetError, TaskError, UnsupportedError
 from factorpack.nn.control import RateController
@@ -31,6 +30,7 @@ from factorpack.nn.trainable import TrainableModel
 from factorpack.nn.training import Clipper, Learner, Objective, highest_rate, optimiser, warmed_cosine
 from factorpack.pipeline import load, silent
 from factorpack.search import Progress
+from factorpack.store import Note, unheard
 from factorpack.task import Evaluate, as_scores
 from factorpack.trained import trainable_of, trimmed, written
 from factorpack.training_options import Lessons, TrainingOptions, TrainingReport

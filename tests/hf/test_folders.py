@@ -17,7 +17,10 @@ import factorpack
 from factorpack import search
 from factorpack.cli import app
 from factorpack.errors import MismatchError, TaskError, UnsupportedError
+from factorpack.hf import calibration
 from factorpack.hf.folder import load_network, read_folder
+from factorpack.nn import layerwise
+from factorpack.nn.on_disk import NetworkOnDisk
 from factorpack.nn.stored import stored_tensors
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -332,3 +335,37 @@ def test_what_is_missing_is_named(made, sentences, tmp_path, monkeypatch):
     )
     with pytest.raises(UnsupportedError, match=r"factorpack\[hf\]"):
         factorpack.from_pretrained(out)
+
+
+@pytest.mark.parametrize("kind", ["llama_like", "t5", "vit"])
+def test_a_network_too_large_for_memory_is_calibrated_block_by_block(kind, made, sentences, tmp_path, monkeypatch):
+    source = hf_folders.llama_like(tmp_path / kind) if kind == "llama_like" else made(kind)[0]
+    data = hf_folders.images(tmp_path / "images") if kind == "vit" else sentences
+    monkeypatch.setattr(calibration, "LARGEST_IN_MEMORY", 0)
+    network = calibration.calibrated(read_folder(source), data, 0).model
+    # transformers has other names for the weights of a ViT than there are on disk: it is brought into memory.
+    assert isinstance(network, NetworkOnDisk) == (kind != "vit")
+    size = KINDS.get(kind, 6_000)
+    told = answer(source, "--calibrate", data, "--size", size, "--form", "direct", "--out", tmp_path / "out")
+    assert told["size_bytes"] <= size
+    assert kind == "vit" or told["unseen"] == []
+    # Losses are those that calibration tells of: without it they are relative errors.
+    assert told["predicted_loss"] > 0
+    small, original = factorpack.from_pretrained(tmp_path / "out"), class_of(source).from_pretrained(source)
+    error = (outputs(small) - outputs(original)).norm() / outputs(original).norm()
+    assert 0 < error < 0.15
+
+
+def test_a_run_on_a_network_on_disk_goes_on_where_it_was(sentences, tmp_path, monkeypatch):
+    source = hf_folders.llama_like(tmp_path / "llama")
+    monkeypatch.setattr(calibration, "LARGEST_IN_MEMORY", 0)
+    arguments = (source, "--calibrate", sentences, "--size", 6_000, "--form", "direct")
+    expected = answer(*arguments, "--cache", tmp_path / "cache", "--out", tmp_path / "one.fpk")
+
+    def never(*_: object) -> None:
+        raise AssertionError("calibrated again")
+
+    monkeypatch.setattr(layerwise._Calibration, "run", never)
+    found = answer(*arguments, "--cache", tmp_path / "cache", "--out", tmp_path / "two.fpk")
+    assert found["size_bytes"] == expected["size_bytes"]
+    assert (tmp_path / "two.fpk").read_bytes() == (tmp_path / "one.fpk").read_bytes()

@@ -7,13 +7,13 @@ from factorpack.errors import MismatchError
 from factorpack.nn.state import (
     LOOKUP_SMOOTHING,
     LOOKUP_WEIGHT,
-    SMALL,
     UNSEEN_WEIGHT,
     batch_norm_curvature,
     lookup_weights,
     read_state,
 )
 from factorpack.nn.statistics import collect
+from factorpack.nn.stored import SMALL
 from factorpack.solve.objective import distortion
 
 

@@ -18,7 +18,8 @@ from factorpack.container import Bill, Contents, TensorBill
 from factorpack.container.layout import Value
 from factorpack.factors import FactoredWeight, OneHotCodes
 from factorpack.nn.loading import state_dict
-from factorpack.nn.state import SMALL, gridded, own_bytes
+from factorpack.nn.state import gridded, own_bytes
+from factorpack.nn.stored import SMALL
 
 WIDEST = 32
 """Codes beyond ±32 are counted together, and so are all but the 65 codewords that are used most."""

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from factorpack.errors import TaskError, UnsupportedError
-from factorpack.hf.folder import Folder, load_network, read_json
+from factorpack.errors import MismatchError, TaskError, UnsupportedError
+from factorpack.hf.folder import LARGEST_IN_MEMORY, Folder, load_network, network_on_disk, read_json, weight_bytes
+from factorpack.nn.on_disk import NetworkOnDisk
 from factorpack.pipeline import Source
 
 MOST_SENTENCES = 512
 MOST_TOKENS = 256
 """Of a sentence."""
-BATCH_SENTENCES, BATCH_TOKENS = 64, 4096
-"""So many of both at most in a batch, padding counted."""
+BATCH_SENTENCES, BATCH_TOKENS, BLOCKWISE_TOKENS = 64, 4096, 512
+"""So many sentences and tokens at most in a batch, padding counted; fewer tokens where a network is gone through block
+by block: its logits are then the most that is in memory."""
 MOST_IMAGES, BATCH_IMAGES = 256, 16
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -97,7 +99,7 @@ def _sentences(path: Path, seed: int) -> list[str]:
     return random.Random(seed).sample(found, min(len(found), MOST_SENTENCES))
 
 
-def _text_batches(folder: Folder, model: Any, path: Path, seed: int) -> list[dict[str, Tensor]]:
+def _text_batches(folder: Folder, model: Any, path: Path, seed: int, most_tokens: int) -> list[dict[str, Tensor]]:
     from transformers import AutoTokenizer
 
     sentences = _sentences(path, seed)
@@ -117,7 +119,7 @@ def _text_batches(folder: Folder, model: Any, path: Path, seed: int) -> list[dic
     batches: list[list[int]] = []
     for place in order:
         last = batches[-1] if batches else []
-        if not last or len(last) == BATCH_SENTENCES or (len(last) + 1) * lengths[place] > BATCH_TOKENS:
+        if not last or len(last) == BATCH_SENTENCES or (len(last) + 1) * lengths[place] > most_tokens:
             batches.append(last := [])
         last.append(place)
     taken = inspect.signature(model.forward).parameters
@@ -167,6 +169,17 @@ def _image_batches(folder: Folder, path: Path, seed: int) -> list[dict[str, Tens
     return batches
 
 
+def _on_disk(folder: Folder) -> NetworkOnDisk | None:
+    """A large network with its weights on disk; None for one that is brought into memory."""
+    if weight_bytes(folder) <= LARGEST_IN_MEMORY:
+        return None
+    try:
+        return network_on_disk(folder)
+    except MismatchError:
+        # transformers renames, splits and joins the weights of some networks when it loads them.
+        return None
+
+
 def calibrated(folder: Folder, data: Path, seed: int) -> Source:
     """The folder's network with calibration batches from a text file, one sentence a line, or a folder of images.
 
@@ -174,12 +187,15 @@ def calibrated(folder: Folder, data: Path, seed: int) -> Source:
     where network or data cannot be read or do not fit, UnsupportedError where transformers or Pillow are missing.
     """
     head = _pooling(folder)
-    model = load_network(folder)
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
+    on_disk = _on_disk(folder)
+    model: Any = load_network(folder) if on_disk is None else on_disk.model
+    # Parts of a network may have configs of their own.
+    for config in {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}.values():
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
     takes = getattr(model, "main_input_name", "")
     if takes == "input_ids":
-        batches = _text_batches(folder, model, data, seed)
+        batches = _text_batches(folder, model, data, seed, BATCH_TOKENS if on_disk is None else BLOCKWISE_TOKENS)
     elif takes == "pixel_values":
         batches = _image_batches(folder, data, seed)
     else:
@@ -188,9 +204,9 @@ def calibrated(folder: Folder, data: Path, seed: int) -> Source:
         )
     with torch.no_grad():
         try:
-            output = model(**batches[0])
+            output = (on_disk or model)(**{name: tensor[:1] for name, tensor in batches[0].items()})
         except Exception as error:
             told = f"{type(error).__name__}: {error}"
             raise TaskError(f"{folder.path}: the network failed on {data}: {told}; write a task file (.py)") from error
     model.register_forward_hook(head, with_kwargs=True)
-    return Source(model, batches, "logits" if getattr(output, "logits", None) is not None else "embedding")
+    return Source(on_disk or model, batches, "logits" if getattr(output, "logits", None) is not None else "embedding")

@@ -19,10 +19,15 @@ from torch import nn
 from factorpack.container import write
 from factorpack.errors import FactorpackError, MismatchError, TaskError, UnsupportedError
 from factorpack.hf.hook import METHOD
+from factorpack.nn.on_disk import NetworkOnDisk
 from factorpack.nn.stored import stored_tensors
+from factorpack.sizes import human
 
 WEIGHTS = "model.fpk"
 INDEX = "model.safetensors.index.json"
+LARGEST_IN_MEMORY = 10**9
+"""Bytes of weights on disk. Calibration takes several times as much of a network in memory; larger ones stay on disk,
+and are calibrated block by block."""
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".h5", ".msgpack", ".pt", ".pth", ".ckpt", ".onnx", ".gguf", ".fpk"}
 """What holds weights, or may, and is not copied beside `model.fpk`."""
 
@@ -112,12 +117,8 @@ def _own_task(why: str) -> TaskError:
     return TaskError(f"{why}; or write a task file (.py) that builds the network")
 
 
-def load_network(folder: Folder) -> nn.Module:
-    """The network as its config names it, in its own dtype and in eval mode.
-
-    Raises TaskError for an architecture that transformers does not know, and for weights that it cannot load;
-    MismatchError where weights are missing.
-    """
+def _architecture(folder: Folder) -> tuple[Any, Any]:
+    """The class of the network and its config. Raises TaskError for what transformers does not know."""
     transformers = require_transformers()
     known = f"transformers {transformers.__version__}"
     try:
@@ -129,6 +130,30 @@ def load_network(folder: Folder) -> nn.Module:
     network = getattr(transformers, name, None)
     if network is None:
         raise _own_task(f"{folder.path}: {known} does not know the architecture {name!r}: update it")
+    return network, config
+
+
+def _complete(folder: Folder, model: Any, missing: Iterable[str]) -> nn.Module:
+    """The network, in eval mode, without a pooler that has no weights. MismatchError where others are missing."""
+    missing = sorted(missing)
+    if any(not name.startswith("pooler.") for name in missing):
+        raise MismatchError(
+            f"{folder.path} has no weights for {missing[0]!r} of {type(model).__name__}: fetch or make it again"
+        )
+    if missing:
+        # Encoders are often published without it, and what is random is of no use.
+        model.pooler = None
+    found: nn.Module = model.eval()
+    return found
+
+
+def load_network(folder: Folder) -> nn.Module:
+    """The network as its config names it, in its own dtype and in eval mode.
+
+    Raises TaskError for an architecture that transformers does not know, and for weights that it cannot load;
+    MismatchError where weights are missing.
+    """
+    network, _ = _architecture(folder)
     try:
         with _quiet():
             model, told = network.from_pretrained(folder.root, dtype="auto", output_loading_info=True)
@@ -136,14 +161,45 @@ def load_network(folder: Folder) -> nn.Module:
         raise
     except Exception as error:
         raise TaskError(f"{folder.path}: its weights cannot be loaded: {type(error).__name__}: {error}") from error
-    missing = sorted(told["missing_keys"])
-    if any(not name.startswith("pooler.") for name in missing):
-        raise MismatchError(f"{folder.path} has no weights for {missing[0]!r} of {name}: fetch or make it again")
-    if missing:
-        # Encoders are often published without it, and what is random is of no use.
-        model.pooler = None
-    found: nn.Module = model.eval()
-    return found
+    return _complete(folder, model, told["missing_keys"])
+
+
+def weight_bytes(folder: Folder) -> int:
+    """Bytes of the folder's safetensors files; 0 where its weights are kept in another way."""
+    try:
+        return stored_tensors(folder.root).size_bytes
+    except TaskError:
+        return 0
+
+
+def network_on_disk(folder: Folder) -> NetworkOnDisk:
+    """The network with its weights left on disk, in float32 where it is run.
+
+    Raises as `load_network`, MismatchError too where its weights have other names on disk, and UnsupportedError where
+    accelerate is missing.
+    """
+    try:
+        from accelerate import init_empty_weights
+        from accelerate.utils import set_module_tensor_to_device
+    except ImportError as error:
+        raise UnsupportedError(
+            f'networks of more than {human(LARGEST_IN_MEMORY)} need accelerate ({error}): pip install "factorpack[hf]"'
+        ) from error
+    network, config = _architecture(folder)
+    tensors = stored_tensors(folder.root)
+    with _quiet(), init_empty_weights():
+        # The classes for one task are made by themselves, AutoModel from a config.
+        made = network.from_config(config) if hasattr(network, "from_config") else network(config)
+    model: Any = made.float()
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    state = model.state_dict(keep_vars=True)
+    stored = {id(tensor) for name, tensor in state.items() if name in tensors}
+    complete = _complete(folder, model, (name for name, tensor in state.items() if id(tensor) not in stored))
+    for name, buffer in model.named_buffers():
+        if name in tensors:
+            set_module_tensor_to_device(model, name, buffer.device, value=tensors[name])
+    return NetworkOnDisk(complete, tensors)
 
 
 def check_target(out: Path, folder: Folder) -> None:

@@ -14,12 +14,11 @@ for: Li et al. 2025, GPTAQ; Zhang et al. 2025, Qronos.)
 """
 
 import copy
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,8 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from factorpack.errors import TaskError, UnsupportedError
+from factorpack.errors import UnsupportedError
 from factorpack.nn.loading import identity
+from factorpack.nn.lockstep import Pause, Run, running
 from factorpack.nn.statistics import Statistics, call_model
 from factorpack.nn.uses import Convolution, Dense, Names
 from factorpack.solve.layer import Met
@@ -39,10 +39,6 @@ ROWS_PER_INPUT = 64
 
 Solve = Callable[[str, Met], np.ndarray]
 """A weight's name and what it meets to the tensor that is put in its place."""
-
-
-class _Stopped(BaseException):
-    """Ends a run that nobody waits for any more."""
 
 
 class _Pausing(TorchFunctionMode):
@@ -65,67 +61,17 @@ class _Pausing(TorchFunctionMode):
         return out
 
 
-@dataclass(eq=False)
-class _Run:
-    """One network on one batch, on a thread of its own that works only between `advance` and its next pause."""
-
-    model: nn.Module
-    batch: object
-    names: Mapping[int, str]
-    use: Dense | Convolution | None = None
-    error: BaseException | None = None
-    stopped: bool = False
-    _go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    _back: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-
-    def __post_init__(self) -> None:
-        self.thread = threading.Thread(target=self._work, daemon=True)
-        self.thread.start()
-
-    def _pause(self, use: Dense | Convolution) -> None:
-        self.use = use
-        self._back.release()
-        self._go.acquire()
-        if self.stopped:
-            raise _Stopped
-
-    def _work(self) -> None:
-        self._go.acquire()
-        try:
-            if not self.stopped:
-                with torch.no_grad(), _Pausing(Names(dict(self.names)), self._pause):
-                    call_model(self.model, self.batch)
-        except _Stopped:
-            pass
-        except BaseException as error:
-            self.error = error
-        self.use = None
-        self._back.release()
-
-    def advance(self) -> None:
-        """Goes on to the next use of a weight, or to the end."""
-        self._go.release()
-        self._back.acquire()
-        if self.error is not None:
-            raise TaskError(f"the model failed on calibration data: {self.error}") from self.error
-
-    def stop(self) -> None:
-        self.stopped = True
-        self._go.release()
-        self.thread.join()
-
-
-@contextmanager
-def _runs(model: nn.Module, batches: Sequence[object], names: frozenset[str]) -> Iterator[list[_Run]]:
+def _works(model: nn.Module, batches: Sequence[object], names: frozenset[str]) -> Iterator[Callable[[Pause], None]]:
+    """The network on each of the batches, pausing before each use of one of the weights `names`."""
     found = {id(parameter): name for name, parameter in model.named_parameters() if name in names}
     # Modules of their own for each run, over the same parameters: some keep what they saw on themselves.
     shared = {id(parameter): parameter for parameter in model.parameters()}
-    runs = [_Run(copy.deepcopy(model, dict(shared)), batch, found) for batch in batches]
-    try:
-        yield runs
-    finally:
-        for run in runs:
-            run.stop()
+
+    def work(own: nn.Module, batch: object, pause: Pause) -> None:
+        with torch.no_grad(), _Pausing(Names(dict(found)), pause):
+            call_model(own, batch)
+
+    return (partial(work, copy.deepcopy(model, dict(shared)), batch) for batch in batches)
 
 
 def copy_of(model: nn.Module) -> nn.Module:
@@ -190,12 +136,12 @@ class Prefix:
             tensors[name].data.copy_(torch.from_numpy(values).reshape(tensors[name].shape))
         with (
             ThreadPoolExecutor(self.threads) as pool,
-            _runs(self.model, self.batches, names) as originals,
-            _runs(compressed, self.batches, names) as follows,
+            running(list(_works(self.model, self.batches, names))) as originals,
+            running(list(_works(compressed, self.batches, names))) as follows,
         ):
             pairs = list(zip(originals, follows, strict=True))
             _advance(pool, [*originals, *follows])
-            while waiting := {at: run.use.name for at, run in enumerate(originals) if run.use is not None}:
+            while waiting := {at: run.waiting.name for at, run in enumerate(originals) if run.waiting is not None}:
                 ready = (name for name in waiting.values() if all(waiting.get(at) == name for at in users[name]))
                 name = next(ready, next(iter(waiting.values())))
                 there = [(at, pair) for at, pair in enumerate(pairs) if _alike(pair, name)]
@@ -203,9 +149,9 @@ class Prefix:
                 if met is not None:
                     solved.add(name)
                     tensors[name].data.copy_(torch.from_numpy(solve(name, met)))
-                _advance(pool, [run for run in (*originals, *follows) if run.use and run.use.name == name])
+                _advance(pool, [run for run in (*originals, *follows) if run.waiting and run.waiting.name == name])
 
-    def _met(self, pool: ThreadPoolExecutor, name: str, there: Sequence[tuple[int, tuple[_Run, _Run]]]) -> Met | None:
+    def _met(self, pool: ThreadPoolExecutor, name: str, there: Sequence[tuple[int, tuple[Run, Run]]]) -> Met | None:
         """Means over the positions that entered the statistics; None where there are none."""
         seen = self.statistics.weights[name].moments
         sums = [(torch.zeros_like(seen), torch.zeros_like(seen)) for _ in range(2)]
@@ -229,7 +175,7 @@ class Prefix:
         )
         return Met(both[0], both[1], sum(positions), tuple(halves))
 
-    def _part(self, name: str, at: int, pair: tuple[_Run, _Run]) -> tuple[Tensor, Tensor, float, int] | None:
+    def _part(self, name: str, at: int, pair: tuple[Run, Run]) -> tuple[Tensor, Tensor, float, int] | None:
         """What one batch adds to Σ x̂ x̂ᵀ and Σ (x − x̂) x̂ᵀ, the positions that it stands for, and those it is of."""
         sample = self.statistics.samples.get((name, at, 0))
         if sample is None or not len(sample.chosen):
@@ -245,19 +191,19 @@ class Prefix:
         return scale * (now.mT @ now), scale * ((before - now).mT @ now), scale * len(chosen), len(chosen)
 
 
-def _advance(pool: ThreadPoolExecutor, runs: Sequence[_Run]) -> None:
+def _advance(pool: ThreadPoolExecutor, runs: Sequence[Run]) -> None:
     """All of them to their next pause, as many at a time as the pool has threads."""
-    for _ in pool.map(_Run.advance, runs):
+    for _ in pool.map(Run.advance, runs):
         pass
 
 
-def _alike(pair: tuple[_Run, _Run], name: str) -> bool:
+def _alike(pair: tuple[Run, Run], name: str) -> bool:
     """Whether both networks use the weight `name`, at equally many positions: routes may depend on values."""
-    before, now = (run.use for run in pair)
+    before, now = (run.waiting for run in pair)
     return bool(before and now and before.name == now.name == name and before.inputs.shape == now.inputs.shape)
 
 
-def _rows(run: _Run, chosen: Tensor) -> Tensor:
+def _rows(run: Run, chosen: Tensor) -> Tensor:
     """The inputs (g, P, n) of a paused run at `chosen` positions."""
-    assert run.use is not None
-    return run.use.rows(chosen).float().cpu().movedim(1, 0).contiguous()
+    use: Dense | Convolution = run.waiting
+    return use.rows(chosen).float().cpu().movedim(1, 0).contiguous()

@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from factorpack._shapes import Float32
+from factorpack._shapes import Float, Float32
 from factorpack.errors import MismatchError, UnsupportedError
+from factorpack.nn.layerwise import Seen, StoredStatistics, energies
 from factorpack.nn.loading import identity, repeats_memory
+from factorpack.nn.on_disk import NetworkOnDisk
 from factorpack.nn.prefix import Prefix
 from factorpack.nn.statistics import Statistics, WeightStatistics
-from factorpack.nn.stored import StoredLayers, StoredTensors
+from factorpack.nn.stored import StoredLayers, StoredTensors, pays_record
 from factorpack.solve.layer import Layer
 from factorpack.solve.objective import Metric
 from factorpack.tiling import Tiling
@@ -36,8 +38,6 @@ NEIGHBOURS = 1000
 """Rows whose places lie within so many are taken to be looked up about as often: vocabularies are mostly sorted."""
 LEAST_ENERGY = 1e-28
 """Tensors that are not zero, but whose squares add up to less, have no grid."""
-SMALL = 64
-"""Tensors of fewer entries are small, whatever their axes: a record of their own costs more than it saves."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,10 +142,12 @@ def lookup_weights(weights: Tensor, counts: Tensor) -> Tensor:
     return torch.where(unseen, UNSEEN_WEIGHT * shared, look_up * (counts - discount).clamp_min(0))
 
 
-def _metric(tiling: Tiling, seen: WeightStatistics | None, fisher: Tensor) -> Metric:
-    """Row weights r_o = Σ_j F_oj / tr H over the moments of the inputs; the identity's where those were not seen."""
+def _metric(tiling: Tiling, seen: WeightStatistics | None, entries: Float[Tensor, " m"]) -> Metric:
+    """Row weights r_o = Σ_j F_oj / tr H over the moments of the inputs; the identity's where those were not seen.
+
+    `entries` are Σ_j F_oj.
+    """
     outputs, inputs = tiling.matrix_shape
-    entries = torch.from_numpy(tiling.matrix(_floats(fisher))).sum(1)
     if seen is None:
         return Metric(None, _smoothed(entries / inputs, SMOOTHING))
     trace = seen.moments.diagonal(dim1=-2, dim2=-1).sum(1).clamp_min(1e-30)
@@ -210,11 +212,6 @@ def gridded(tensor: Tensor) -> bool:
     return LEAST_ENERGY <= energy < math.inf and largest <= torch.finfo(tensor.dtype).max / 2
 
 
-def _large(shape: Sequence[int]) -> bool:
-    """Whether a record of its own pays."""
-    return len(shape) >= 2 and math.prod(shape) >= SMALL
-
-
 def read_state(
     tensors: Mapping[str, Tensor],
     model: nn.Module | None = None,
@@ -252,7 +249,7 @@ def read_state(
             continue
         if identity(tensor) in spared or not gridded(tensor):
             exact[name] = _array(tensor)
-        elif _large(tensor.shape) and name in parameters:
+        elif pays_record(tensor.shape) and name in parameters:
             pending[name] = tensor
         else:
             curvature = fisher.get(name)
@@ -264,7 +261,7 @@ def read_state(
             unseen.append(name)
         if known is not None and bool(known.any()):
             tiling = _tiling(tensor, seen)
-            metric = _metric(tiling, seen, known)
+            metric = _metric(tiling, seen, energies(known.detach().cpu().float(), tiling))
             layers[name] = Layer(name, _floats(tensor), tiling, metric, seen is not None and seen.embedding)
     # A layer that nothing is known of counts as much as the others do in the middle.
     typical = float(np.median([_power(layer) for layer in layers.values()])) if layers else None
@@ -297,7 +294,7 @@ def read_stored(tensors: StoredTensors, exclude: Sequence[str] = ()) -> State:
         dtypes[name] = str(tensor.dtype).removeprefix("torch.")
         if any(fnmatchcase(name, pattern) for pattern in exclude) or not gridded(tensor):
             exact[name] = _array(tensor)
-        elif _large(tensor.shape):
+        elif pays_record(tensor.shape):
             shapes[name] = tuple(tensor.shape)
         else:
             small[name] = SmallTensor(_floats(tensor), None)
@@ -308,3 +305,63 @@ def read_stored(tensors: StoredTensors, exclude: Sequence[str] = ()) -> State:
         return Layer(name, _floats(tensor), Tiling(tuple(tensor.shape)), metric, False)
 
     return State(StoredLayers(shapes, made), small, exact, {}, dtypes, ())
+
+
+def read_on_disk(network: NetworkOnDisk, statistics: StoredStatistics, exclude: Sequence[str] = ()) -> State:
+    """As `read_state`, of a network on disk: what is factored stays there, and what is known of it too.
+
+    Raises as `read_state`.
+    """
+    names = list(network.model.state_dict())
+    _check_patterns(names, exclude)
+    spared = {network.stored_name(name) for name in names if any(fnmatchcase(name, pattern) for pattern in exclude)}
+    parameters = {name for name, _ in network.model.named_parameters(remove_duplicate=False)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    small: dict[str, SmallTensor] = {}
+    exact: dict[str, np.ndarray] = {}
+    dtypes: dict[str, str] = {}
+    unseen: list[str] = []
+    unknown: list[str] = []
+    for name in names:
+        tensor = network.tensors[network.stored_name(name)]
+        check_values({name: tensor})
+        dtypes[name] = str(tensor.dtype).removeprefix("torch.")
+        if name in network.tied:
+            continue
+        if name in spared or not gridded(tensor):
+            exact[name] = _array(tensor)
+        elif pays_record(tensor.shape) and name in parameters:
+            shapes[name] = tuple(tensor.shape)
+            seen = statistics[name]
+            if seen is None or seen.statistics is None:
+                unseen.append(name)
+            if seen is None or seen.energies is None or not bool(seen.energies.any()):
+                unknown.append(name)
+        else:
+            seen = statistics[name]
+            curvature = None if seen is None or seen.energies is None else _floats(seen.energies)
+            small[name] = SmallTensor(_floats(tensor), curvature)
+    # All others have to be read for that.
+    known = [name for name in shapes if name not in unknown] if unknown else []
+    powers = [_power(_known(name, network.tensors[name], statistics[name])) for name in known]
+    typical = float(np.median(powers)) if powers else None
+
+    def made(name: str) -> Layer:
+        tensor = network.tensors[name]
+        if name not in unknown:
+            return _known(name, tensor, statistics[name])
+        power = float(tensor.numel()) if typical is None else typical
+        return Layer(name, _floats(tensor), Tiling(tuple(tensor.shape)), _relative(tensor, power), False)
+
+    aliases = {name: owner for name, owner in network.tied.items() if name in dtypes}
+    return State(StoredLayers(shapes, made), small, exact, aliases, dtypes, tuple(unseen))
+
+
+def _known(name: str, tensor: Tensor, seen: Seen | None) -> Layer:
+    """A layer in the metric that calibration gave it."""
+    assert seen is not None
+    assert seen.energies is not None
+    tiling = _tiling(tensor, seen.statistics)
+    metric = _metric(tiling, seen.statistics, seen.energies)
+    embedding = seen.statistics is not None and seen.statistics.embedding
+    return Layer(name, _floats(tensor), tiling, metric, embedding)

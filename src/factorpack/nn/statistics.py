@@ -82,7 +82,7 @@ class Statistics:
 
 
 @dataclass(eq=False)
-class _Sums:
+class Sums:
     """Running sums of one weight: second moments over its dense uses; look-ups by row are only counted."""
 
     groups: int
@@ -103,7 +103,7 @@ class _Sums:
         self.moments[group] += scale * (rows.T @ rows).cpu()
         self.positions[group] += scale * len(rows)
 
-    def merge(self, other: "_Sums") -> None:
+    def merge(self, other: "Sums") -> None:
         """Adds what a later batch met; nothing where that was in another layout."""
         if (self.groups, self.inputs, self.transposed) != (other.groups, other.inputs, other.transposed):
             return
@@ -140,7 +140,7 @@ ATTENTION = ("query", "key", "value", "embed_dim_to_check", "num_heads", "in_pro
              "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight")  # fmt: skip
 
 
-class _Observer(TorchFunctionMode):
+class Observer(TorchFunctionMode):
     """Watches the calls of batch number `batch` that use a parameter as a weight; adds up their inputs during backward.
 
     Backward, because only there is it known which positions reach the output.
@@ -151,7 +151,7 @@ class _Observer(TorchFunctionMode):
         self.names = Names(names)
         self.batch = batch
         self.generator = generator
-        self.sums: dict[str, _Sums] = {}
+        self.sums: dict[str, Sums] = {}
         self.samples: dict[Place, Sample] = {}
         self.met: Counter[str] = Counter()
         self.most = 0
@@ -191,13 +191,13 @@ class _Observer(TorchFunctionMode):
         else:
             self._transposed_convolution(name, call, out, TRANSPOSED_CONVOLUTIONS[func])
 
-    def _sums(self, name: str, groups: int, inputs: int, transposed: bool = False) -> _Sums:
+    def _sums(self, name: str, groups: int, inputs: int, transposed: bool = False) -> Sums:
         """The sums of `name`; where it was first met in another layout, sums that nothing comes of."""
         found = self.sums.get(name)
         if found is None:
-            found = self.sums[name] = _Sums(groups, inputs, transposed)
+            found = self.sums[name] = Sums(groups, inputs, transposed)
         elif (found.groups, found.inputs, found.transposed) != (groups, inputs, transposed):
-            return _Sums(groups, inputs, transposed)
+            return Sums(groups, inputs, transposed)
         return found
 
     def _positions(self, alive: Tensor) -> tuple[Tensor, float]:
@@ -315,7 +315,7 @@ def call_model(model: nn.Module, batch: object) -> Tensor:
     return _output(model(batch))
 
 
-def _probe(output: Tensor, kind: str, generator: torch.Generator) -> Tensor:
+def probe(output: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     """A random direction at the output whose covariance is the Gauss-Newton form there; `output`'s shape."""
     noise = torch.randn(output.shape, generator=generator).to(output)
     if kind == "embedding":
@@ -324,13 +324,13 @@ def _probe(output: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     return root * (noise - root * (root * noise).sum(-1, keepdim=True))
 
 
-def _why_not_finite(model: nn.Module, batch: object) -> str:
-    """What makes outputs and gradients not finite, as far as weights and batch tell, and what to do."""
-    broken = [name for name, parameter in model.named_parameters() if not bool(parameter.isfinite().all())]
-    # Infinities in a buffer are mostly meant: those of a mask.
-    broken += [name for name, buffer in model.named_buffers() if bool(buffer.isnan().any())]
-    if broken:
-        return f"{broken[0]!r} holds NaN or infinite values: mend it, or compress without calibration"
+def _why_not_finite(tensors: Mapping[str, Tensor], batch: object) -> str:
+    """What makes outputs and gradients not finite, as far as parameters, buffers and batch tell, and what to do."""
+    for name, tensor in tensors.items():
+        # Infinities in a buffer are mostly meant: those of a mask.
+        finite = tensor.isfinite() if isinstance(tensor, nn.Parameter) else tensor.isnan().logical_not()
+        if not tensor.is_meta and not bool(finite.all()):
+            return f"{name!r} holds NaN or infinite values: mend it, or compress without calibration"
     parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else [batch]
     if not all(bool(part.isfinite().all()) for part in parts if isinstance(part, Tensor)):
         return "the batch holds NaN or infinite values: replace them, or leave these samples out"
@@ -340,15 +340,26 @@ def _why_not_finite(model: nn.Module, batch: object) -> str:
     )
 
 
-def _check_output(out: Tensor, model: nn.Module, batch: object) -> None:
-    """TaskError where nothing can be learned from what the model gave out."""
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def check_output(out: Tensor, tensors: Mapping[str, Tensor], batch: object) -> None:
+    """TaskError where nothing can be learned from what the model of these `tensors` gave out."""
     if not bool(torch.isfinite(out).all()):
-        raise TaskError(f"the network's output is not finite; {_why_not_finite(model, batch)}")
+        raise TaskError(f"the network's output is not finite; {_why_not_finite(tensors, batch)}")
     if not out.requires_grad:
         raise TaskError(
             "no gradient leads from the network's output to its weights: return logits or embeddings, not classes, "
             "and leave no_grad, inference_mode and detach out of forward"
         )
+
+
+def check_gradient(name: str, gradient: Tensor, tensors: Mapping[str, Tensor], batch: object) -> None:
+    """TaskError where the gradient, or its square, of the tensor `name` is not finite."""
+    if not bool(gradient.isfinite().all()):
+        raise TaskError(f"the gradient of {name!r} is not finite; {_why_not_finite(tensors, batch)}")
 
 
 class _Turns:
@@ -374,7 +385,7 @@ class _Turns:
 class _Seen:
     """What one batch showed: sums and samples, the squared gradients by name, the rows of output."""
 
-    sums: Mapping[str, _Sums]
+    sums: Mapping[str, Sums]
     samples: Mapping[Place, Sample]
     squares: Mapping[str, Tensor]
     predictions: int
@@ -405,22 +416,22 @@ class _Pass:
 
     def _seen(self, model: nn.Module, number: int, batch: object) -> _Seen:
         parameters = dict(model.named_parameters())
-        observer = _Observer({id(p): name for name, p in parameters.items()}, number, self.generator)
+        observer = Observer({id(p): name for name, p in parameters.items()}, number, self.generator)
         with torch.enable_grad(), observer:
             out = call_model(model, batch)
-        _check_output(out, model, batch)
+        tensors = tensors_of(model)
+        check_output(out, tensors, batch)
         self.turns.wait(number)
-        probe = _probe(out, self.output, self.generator)
+        direction = probe(out, self.output, self.generator)
         if not observer.draws:
             self.turns.end(number)
-        out.backward(probe)
+        out.backward(direction)
         squares = {}
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 squares[name] = parameter.grad.float().square().cpu()
                 parameter.grad = None
-                if not bool(squares[name].isfinite().all()):
-                    raise TaskError(f"the gradient of {name!r} is not finite; {_why_not_finite(model, batch)}")
+                check_gradient(name, squares[name], tensors, batch)
         return _Seen(observer.sums, observer.samples, squares, out.shape[:-1].numel())
 
 
@@ -444,7 +455,7 @@ def collect(
     required = {name: p.requires_grad for name, p in parameters.items()}
     fisher = {name: torch.zeros(p.shape) for name, p in parameters.items()}
     training = [module for module in model.modules() if module.training]
-    sums: dict[str, _Sums] = {}
+    sums: dict[str, Sums] = {}
     samples: dict[Place, Sample] = {}
     predictions = 0
     try:

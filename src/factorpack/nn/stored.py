@@ -1,6 +1,7 @@
 """Tensors that stay on disk: each is read when it is used, so that networks may be larger than memory."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,14 @@ from torch import Tensor
 
 from factorpack.errors import TaskError
 from factorpack.solve.layer import Layer
+
+SMALL = 64
+"""Tensors of fewer entries are small, whatever their axes: a record of their own costs more than it saves."""
+
+
+def pays_record(shape: Sequence[int]) -> bool:
+    """Whether a record of its own pays for a tensor."""
+    return len(shape) >= 2 and math.prod(shape) >= SMALL
 
 
 @contextmanager
@@ -44,11 +53,13 @@ class StoredTensors(Shaped[Tensor]):
     """The tensors of `.safetensors` files by name, read from disk whenever they are asked for.
 
     Each time they are in memory of their own, so that no two of them look tied. `shapes` tells of all without reading
-    them. Raises TaskError for what is no safetensors file, and for a name that is in two files.
+    them, `size_bytes` what the files take. Raises TaskError for what is no safetensors file, and for a name that is in
+    two files.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._homes: dict[str, Path] = {}
+        self.size_bytes = sum(path.stat().st_size for path in paths if path.is_file())
         shapes: dict[str, tuple[int, ...]] = {}
         for path in paths:
             with _opened(path) as file:

@@ -12,10 +12,11 @@ from pathlib import Path
 from torch import nn
 
 from factorpack.bench.protocol import Encoded, Subject, peak_bytes, serve
-from factorpack.cache import analyse, unheard
+from factorpack.cache import analyse
 from factorpack.container import write
 from factorpack.pipeline import Source, dense_bytes, load, one_thread, silent
 from factorpack.search import Options, pack
+from factorpack.store import unheard
 
 
 def encode(subject: Subject, setting: str, path: Path) -> Encoded:

@@ -1,0 +1,372 @@
+"""Calibration of networks that are larger than memory should be: block by block, all others on disk.
+
+A network is its blocks and what is around them. Every batch is a run of its own; the runs pause in lockstep at each
+block, forwards and then backwards, and for as long as they are there the block's weights are in memory:
+
+    forwards    each run goes through the block without gradients; what came to it is put on disk
+    backwards   each run goes through it again, now with gradients, from what came to it and the gradient behind it,
+                and what that shows of the block's weights is put in the store
+
+Autograd leads from block to block and through what is around them, so that the statistics are those of
+`nn.statistics`: of a weight that is used both in blocks and around them, or as table and as head, the squared
+gradients of both uses are added, where there the gradients are. (Gradients from recomputed blocks: Chen et al. 2016.)
+"""
+
+import copy
+import threading
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from factorpack._shapes import Float
+from factorpack.errors import TaskError
+from factorpack.nn.lockstep import Pause, Run, running
+from factorpack.nn.on_disk import NetworkOnDisk
+from factorpack.nn.statistics import (
+    Observer,
+    Sums,
+    WeightStatistics,
+    call_model,
+    check_gradient,
+    check_output,
+    probe,
+    tensors_of,
+)  # fmt: skip
+from factorpack.nn.stored import pays_record
+from factorpack.store import Store
+from factorpack.tiling import Tiling
+
+FORWARDS, BACKWARDS = "forwards", "backwards"
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What calibration says of a tensor: `statistics` of a weight, and the mean squared gradient a prediction.
+
+    Of the latter `energies` are sums over the inputs, (m,); of a small tensor all entries, in its shape.
+    """
+
+    statistics: WeightStatistics | None
+    energies: Tensor | None
+
+
+def energies(squares: Tensor, tiling: Tiling) -> Float[Tensor, " m"]:
+    """The squared gradients of a weight, in its shape, summed over its inputs."""
+    return torch.from_numpy(tiling.matrix(squares.numpy())).sum(1)
+
+
+@dataclass(eq=False)
+class _Record:
+    """What batches showed of tensors, by the names they are stored by: sums over inputs, and squared gradients."""
+
+    sums: dict[str, Sums] = field(default_factory=dict)
+    energies: dict[str, Tensor] = field(default_factory=dict)
+
+    def take_sums(self, found: dict[str, Sums]) -> None:
+        for name, part in found.items():
+            if name in self.sums:
+                self.sums[name].merge(part)
+            else:
+                self.sums[name] = part
+
+    def take_gradient(self, name: str, parameter: nn.Parameter, sums: Mapping[str, Sums]) -> None:
+        """Adds the squared gradient of a parameter, and clears it; `sums` say how its inputs reach it."""
+        assert parameter.grad is not None
+        squares = parameter.grad.square_()
+        parameter.grad = None
+        if pays_record(squares.shape):
+            seen = sums.get(name)
+            shape = tuple(squares.shape)
+            tiling = Tiling(shape) if seen is None else Tiling(shape, seen.groups, seen.transposed)
+            squares = energies(squares, tiling)
+        self.energies[name] = self.energies[name] + squares if name in self.energies else squares
+
+    def take(self, other: "_Record") -> None:
+        self.take_sums(other.sums)
+        for name, part in other.energies.items():
+            self.energies[name] = self.energies[name] + part if name in self.energies else part
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """The arguments of a block in one run: `leaves` of their tree, without those at `places`, which take gradients."""
+
+    leaves: list[Any]
+    spec: Any
+    places: tuple[int, ...]
+
+    def of(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        leaves = list(self.leaves)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            leaves[place] = tensor
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+
+def _floating(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+class _Through(torch.autograd.Function):
+    """A block in one run, as that pauses for it forwards and backwards; floating tensors of its output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, pause: Pause, block: str, call: _Call, told: list[Any], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.pause, ctx.block = pause, block
+        # The first is there for a block before which nothing has gradients.
+        leaves, spec = pause((FORWARDS, block, (call, inputs[1:])))
+        told += [leaves, spec]
+        return tuple(leaf for leaf in leaves if _floating(leaf))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, None, None, *ctx.pause((BACKWARDS, ctx.block, gradients))
+
+
+@dataclass(eq=False)
+class _Calibration:
+    """One pass of `network` over `batches`, with what is found going to `store` and what is passing by to `folder`."""
+
+    network: NetworkOnDisk
+    batches: Sequence[object]
+    output: str
+    seed: int
+    store: Store
+    folder: Path
+    progress: Callable[[], None]
+    threads: int
+    predictions: int = 0
+    outside: _Record = field(default_factory=_Record)
+    calls: dict[tuple[str, int], _Call] = field(default_factory=dict)
+    here: threading.local = field(default_factory=threading.local)
+    """Of the thread: how its run pauses."""
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def run(self) -> None:
+        names = self.network.around
+        with self.network.stubbed(self._called), self.network.placed(self.network.model, names) as parameters:
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(True)
+                parameter.register_post_accumulate_grad_hook(partial(self._taken, names[name]))
+            known = {id(parameter): names[name] for name, parameter in parameters.items()}
+            observers = [Observer(known, at, self.generator) for at in range(len(self.batches))]
+            works = [partial(self._work, at, observer) for at, observer in enumerate(observers)]
+            with ThreadPoolExecutor(self.threads) as pool, running(works) as runs:
+                # One after the other, also because the network around the blocks is one for all.
+                for run in runs:
+                    run.advance()
+                while any(run.waiting for run in runs):
+                    self._drain(observers)
+                    self._at_block(pool, runs)
+            self._drain(observers)
+        self._keep(self.outside)
+
+    def _drain(self, observers: Sequence[Observer]) -> None:
+        for observer in observers:
+            self.outside.take_sums(observer.sums)
+            observer.sums = {}
+
+    def _called(self, block: str, *args: Any, **kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        places = tuple(place for place, leaf in enumerate(leaves) if _floating(leaf) and leaf.requires_grad)
+        inputs = [leaves[place] for place in places]
+        for place in places:
+            leaves[place] = None
+        told: list[Any] = []
+        anchor = torch.zeros(1, requires_grad=True)
+        call = _Call(leaves, spec, places)
+        floats = iter(_Through.apply(self.here.pause, block, call, told, anchor, *inputs))  # type: ignore[no-untyped-call]
+        given, tree = told
+        return pytree.tree_unflatten([next(floats) if _floating(leaf) else leaf for leaf in given], tree)
+
+    def _taken(self, name: str, parameter: nn.Parameter) -> None:
+        """Of a tensor around the blocks: its gradient in the run of this thread, which then makes room for others."""
+        observer: Observer = self.here.observer
+        self.outside.take_gradient(name, parameter, ChainMap(observer.sums, self.outside.sums))
+        tensors = tensors_of(self.network.model)
+        check_gradient(name, self.outside.energies[name], tensors, self.batches[observer.batch])
+
+    def _work(self, at: int, observer: Observer, pause: Pause) -> None:
+        """One batch through the network and back."""
+        self.here.pause, self.here.observer = pause, observer
+        with torch.enable_grad(), observer:
+            out = call_model(self.network.model, self.batches[at])
+        check_output(out, tensors_of(self.network.model), self.batches[at])
+        self.predictions += out.shape[:-1].numel()
+        # A sum, so that nothing as large as the output is held while blocks are gone through.
+        loss = (out * probe(out, self.output, self.generator)).sum()
+        del out
+        loss.backward()
+
+    def _at_block(self, pool: ThreadPoolExecutor, runs: Sequence[Run]) -> None:
+        """All runs through the block at which the first of them waits."""
+        kind, block = next(run.waiting[:2] for run in runs if run.waiting)
+        if any(run.waiting is None or run.waiting[:2] != (kind, block) for run in runs):
+            raise TaskError(f"batches take different ways through the network's blocks, at {block}: write a task file")
+        asked = [run.waiting[2] for run in runs]
+        answers = (self._forwards if kind == FORWARDS else self._backwards)(pool, block, asked)
+        self.progress()
+        for run, answer in zip(runs, answers, strict=True):
+            run.advance(answer)
+
+    @contextmanager
+    def _copies(self, block: str) -> Iterator["SimpleQueue[nn.Module]"]:
+        """The block with its weights, once a thread; each with gradients of its own."""
+        module = self.network.blocks[block]
+        with self.network.placed(module, self.network.parameters_of(block)):
+            copies: SimpleQueue[nn.Module] = SimpleQueue()
+            for _ in range(self.threads):
+                own = {id(parameter): nn.Parameter(parameter.detach()) for parameter in module.parameters()}
+                copies.put(copy.deepcopy(module, dict(own)))
+            yield copies
+
+    def _file(self, block: str, at: int) -> Path:
+        return self.folder / f"{block}-{at}.safetensors"
+
+    def _forwards(self, pool: ThreadPoolExecutor, block: str, asked: Sequence[Any]) -> list[Any]:
+        def through(at: int) -> Any:
+            call, inputs = asked[at]
+            save_file({str(place): tensor.contiguous() for place, tensor in enumerate(inputs)}, self._file(block, at))
+            self.calls[block, at] = call
+            module = copies.get()
+            try:
+                with torch.no_grad():
+                    args, kwargs = call.of(inputs)
+                    return pytree.tree_flatten(module(*args, **kwargs))
+            finally:
+                copies.put(module)
+
+        if (block, 0) in self.calls:
+            raise TaskError(f"the network goes through {block} more than once a batch: write a task file")
+        with self._copies(block) as copies:
+            return list(pool.map(through, range(len(asked))))
+
+    def _backwards(self, pool: ThreadPoolExecutor, block: str, asked: Sequence[Any]) -> list[tuple[Tensor, ...]]:
+        """Gradients of what came to the block, by run; those of a pass that was stopped are in the store."""
+        name = f"before-{block}"
+        counts = [len(self.calls[block, at].places) for at in range(len(asked))]
+        if self.store.load(name) is not None:
+            held = load_file(self.store.path(name, ".safetensors"))
+            return [tuple(held[f"{at}.{place}"] for place in range(count)) for at, count in enumerate(counts)]
+        record, found = _Record(), []
+        with self._copies(block) as copies:
+            for part, gradients in pool.map(partial(self._back, copies, block, asked), range(len(asked))):
+                record.take(part)
+                found.append(gradients)
+            self._keep(record)
+        tensors = {f"{at}.{place}": g.contiguous() for at, part in enumerate(found) for place, g in enumerate(part)}
+        self.store.save(name, {}, {".safetensors": save(tensors)})
+        for at in range(len(asked)):
+            self._file(block, at).unlink()
+        return found
+
+    def _back(
+        self, copies: "SimpleQueue[nn.Module]", block: str, asked: Sequence[Any], at: int
+    ) -> tuple[_Record, tuple[Tensor, ...]]:
+        """One batch through the block again, and back: what it shows, and the gradients of what came to the block."""
+        names = self.network.parameters_of(block)
+        held = load_file(self._file(block, at))
+        inputs = [held[str(place)].requires_grad_(True) for place in range(len(held))]
+        module = copies.get()
+        try:
+            parameters = dict(module.named_parameters())
+            generator = torch.Generator().manual_seed(self.seed + at)
+            observer = Observer({id(parameter): names[name] for name, parameter in parameters.items()}, at, generator)
+            with torch.enable_grad(), observer:
+                args, kwargs = self.calls[block, at].of(inputs)
+                leaves, _ = pytree.tree_flatten(module(*args, **kwargs))
+            outputs = [leaf for leaf in leaves if _floating(leaf)]
+            pairs = [pair for pair in zip(outputs, asked[at], strict=True) if pair[0].requires_grad]
+            torch.autograd.backward([out for out, _ in pairs], [gradient for _, gradient in pairs])
+            record = _Record(observer.sums)
+            for name, parameter in parameters.items():
+                if parameter.grad is not None:
+                    record.take_gradient(names[name], parameter, observer.sums)
+                    tensors = {names[own]: tensor for own, tensor in parameters.items()}
+                    check_gradient(names[name], record.energies[names[name]], tensors, self.batches[at])
+        finally:
+            copies.put(module)
+        return record, tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in inputs)
+
+    def _keep(self, record: _Record) -> None:
+        """Puts in the store what is known of tensors, each by itself, so that each can be read by itself."""
+        for name in record.sums.keys() | record.energies.keys():
+            content: dict[str, Any] = {"name": name}
+            tensors = {}
+            if name in record.energies:
+                tensors["energies"] = record.energies[name] / self.predictions
+            if name in record.sums:
+                seen = record.sums.pop(name).finish()
+                if not bool(seen.moments.isfinite().all()):
+                    raise TaskError(f"the inputs of {name!r} in calibration are too large to be squared: scale them")
+                content |= {"transposed": seen.transposed, "embedding": seen.embedding, "positions": seen.positions,
+                            "uses": seen.uses}  # fmt: skip
+                tensors["moments"] = seen.moments
+                if seen.counts is not None:
+                    tensors["counts"] = seen.counts
+            self.store.save(self.network.entries[name], content, {".safetensors": save(tensors)})
+
+
+@dataclass(frozen=True, eq=False)
+class StoredStatistics:
+    """What calibration said of the tensors of `network`, each read from `store` whenever it is asked for."""
+
+    network: NetworkOnDisk
+    store: Store
+
+    def __getitem__(self, name: str) -> Seen | None:
+        """None for a tensor that no gradient reached and no call used."""
+        name = self.network.stored_name(name)
+        entry = self.network.entries[name]
+        if (content := self.store.load(entry)) is None:
+            return None
+        tensors = load_file(self.store.path(entry, ".safetensors"))
+        seen = None
+        if "moments" in tensors:
+            seen = WeightStatistics(
+                tensors["moments"], content["transposed"], content["embedding"], content["positions"], content["uses"],
+                tensors.get("counts"),
+            )  # fmt: skip
+        return Seen(seen, tensors.get("energies"))
+
+
+def calibrate(
+    network: NetworkOnDisk, batches: Sequence[object], output: str, seed: int, store: Store,
+    progress: Callable[[str, int, int], None], threads: int = 1,
+) -> StoredStatistics:  # fmt: skip
+    """Statistics of every parameter over `batches`, block by block, `threads` batches at a time, kept in `store`.
+
+    `output` is "logits" or "embedding". What is in the store already is not computed again, though a pass that was
+    stopped goes through the network once more. Raises TaskError as `nn.statistics.collect`, and where batches take
+    different ways through the blocks, or one more than once.
+    """
+    if not batches:
+        raise TaskError("calibration() gave no batch: give at least one, or leave calibration out")
+    found = StoredStatistics(network, store)
+    if store.load("calibrated") is None:
+        total = 2 * len(network.blocks)
+        done = iter(range(1, total + 1))
+        progress("calibration", 0, total)
+        with TemporaryDirectory(dir=store.folder) as folder:
+            _Calibration(
+                network, batches, output, seed, store, Path(folder), lambda: progress("calibration", next(done), total),
+                threads,
+            ).run()  # fmt: skip
+        store.save("calibrated", {})
+    return found
