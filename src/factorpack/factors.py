@@ -279,7 +279,8 @@ class FactoredWeight:
         if exact is None and isinstance(codes, Codes) and np.all(rows == 1) and np.array_equal(single, columns):
             np.multiply(codes.integers, single, out=tiles, dtype=np.float32)
             return tiles
-        for part in parts(count, depth):
+        # In float64, and twice: as much as four times as many entries.
+        for part in parts(count, 4 * depth):
             if isinstance(codes, OneHotCodes):
                 assert exact is not None
                 product = exact[:, codes.indices[part]]

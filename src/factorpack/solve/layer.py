@@ -183,11 +183,12 @@ class Layer:
     def loss(self, weight: FactoredWeight) -> float:
         """Half the distortion of `weight`."""
         found = torch.from_numpy(self.tiling.matrix(weight.tensor()))
-        if self.metric.moments is not None:
+        moments, rows, total = self.metric.moments, self.metric.row_weights, 0.0
+        if moments is not None and len(moments) > 1:
             return 0.5 * float(distortion(self.problem.weight, found, self.metric))
-        rows, total = self.metric.row_weights, 0.0
+        # By parts: the error and its product with the moments take as much as the weight each.
         for part in row_parts(found):
-            metric = Metric(None, None if rows is None else rows[part])
+            metric = Metric(moments, None if rows is None else rows[part])
             total += float(distortion(self.problem.weight[part], found[part], metric))
         return 0.5 * total
 
@@ -215,7 +216,10 @@ class Layer:
         if not wanted:
             return first
         assert isinstance(first.codes, Codes)
-        return solve(self._price(pricer, first.codes.integers))
+        price = self._price(pricer, first.codes.integers)
+        # As large as the weight, and of no more use.
+        del first
+        return solve(price)
 
     def solve_direct(self, rate: float, pricer: Pricer) -> FactoredWeight:
         step = self.step(rate, self.problem.feedback.residual)
