@@ -17,7 +17,8 @@ import threading
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from ctypes import CDLL
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -81,7 +82,7 @@ class _Record:
             else:
                 self.sums[name] = part
 
-    def take_gradient(self, name: str, parameter: nn.Parameter, sums: Mapping[str, Sums]) -> None:
+    def take_gradient(self, name: str, parameter: Tensor, sums: Mapping[str, Sums]) -> None:
         """Adds the squared gradient of a parameter, and clears it; `sums` say how its inputs reach it."""
         assert parameter.grad is not None
         squares = parameter.grad.square_()
@@ -195,7 +196,7 @@ class _Calibration:
         given, tree = told
         return pytree.tree_unflatten([next(floats) if _floating(leaf) else leaf for leaf in given], tree)
 
-    def _taken(self, name: str, parameter: nn.Parameter) -> None:
+    def _taken(self, name: str, parameter: Tensor) -> None:
         """Of a tensor around the blocks: its gradient in the run of this thread, which then makes room for others."""
         observer: Observer = self.here.observer
         self.outside.take_gradient(name, parameter, ChainMap(observer.sums, self.outside.sums))
@@ -221,6 +222,7 @@ class _Calibration:
             raise TaskError(f"batches take different ways through the network's blocks, at {block}: write a task file")
         asked = [run.waiting[2] for run in runs]
         answers = (self._forwards if kind == FORWARDS else self._backwards)(pool, block, asked)
+        _trim()
         self.progress()
         for run, answer in zip(runs, answers, strict=True):
             run.advance(answer)
@@ -284,23 +286,29 @@ class _Calibration:
         held = load_file(self._file(block, at))
         inputs = [held[str(place)].requires_grad_(True) for place in range(len(held))]
         module = copies.get()
+        parameters = {names[name]: parameter for name, parameter in module.named_parameters()}
+        generator = torch.Generator().manual_seed(self.seed + at)
+        observer = Observer({id(parameter): name for name, parameter in parameters.items()}, at, generator)
+        record = _Record()
+
+        def taken(name: str, parameter: Tensor) -> None:
+            record.take_gradient(name, parameter, observer.sums)
+            check_gradient(name, record.energies[name], parameters, self.batches[at])
+
+        handles = [
+            parameter.register_post_accumulate_grad_hook(partial(taken, name)) for name, parameter in parameters.items()
+        ]
         try:
-            parameters = dict(module.named_parameters())
-            generator = torch.Generator().manual_seed(self.seed + at)
-            observer = Observer({id(parameter): names[name] for name, parameter in parameters.items()}, at, generator)
             with torch.enable_grad(), observer:
                 args, kwargs = self.calls[block, at].of(inputs)
                 leaves, _ = pytree.tree_flatten(module(*args, **kwargs))
             outputs = [leaf for leaf in leaves if _floating(leaf)]
             pairs = [pair for pair in zip(outputs, asked[at], strict=True) if pair[0].requires_grad]
             torch.autograd.backward([out for out, _ in pairs], [gradient for _, gradient in pairs])
-            record = _Record(observer.sums)
-            for name, parameter in parameters.items():
-                if parameter.grad is not None:
-                    record.take_gradient(names[name], parameter, observer.sums)
-                    tensors = {names[own]: tensor for own, tensor in parameters.items()}
-                    check_gradient(names[name], record.energies[names[name]], tensors, self.batches[at])
+            record.take_sums(observer.sums)
         finally:
+            for handle in handles:
+                handle.remove()
             copies.put(module)
         return record, tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in inputs)
 
@@ -321,6 +329,12 @@ class _Calibration:
                 if seen.counts is not None:
                     tensors["counts"] = seen.counts
             self.store.save(self.network.entries[name], content, {".safetensors": save(tensors)})
+
+
+def _trim() -> None:
+    """Hands freed memory back to the system: of what many threads freed, glibc keeps more than is in use here."""
+    with suppress(OSError, AttributeError, TypeError):
+        CDLL(None).malloc_trim(0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -100,7 +100,8 @@ class Sums:
     def add(self, group: int, rows: Tensor, scale: float) -> None:
         """Adds a group's inputs `rows` (P, n), each standing for `scale` positions."""
         rows = rows.float()
-        self.moments[group] += scale * (rows.T @ rows).cpu()
+        squares = (rows.T @ rows).cpu()
+        self.moments[group] += squares if scale == 1 else scale * squares
         self.positions[group] += scale * len(rows)
 
     def merge(self, other: "Sums") -> None:
