@@ -13,13 +13,18 @@ CHECKED = [
 ]  # fmt: skip
 
 
+def compiler() -> str:
+    """Of C; skips where there is none."""
+    found = shutil.which("cc")
+    if found is None:
+        pytest.skip("there is no C compiler (cc)")
+    return found
+
+
 def built(main: Path, folder: Path) -> Path:
     """The program of a source with `main`; skips where there is no C compiler."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("there is no C compiler (cc)")
     program = folder / main.stem
-    command = [compiler, *CHECKED, "-I", SOURCES, SOURCES / "factorpack.c", main, "-o", program]
+    command = [compiler(), *CHECKED, "-I", SOURCES, SOURCES / "factorpack.c", main, "-o", program]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return program

@@ -28,6 +28,7 @@ ALLOWED = {
     "export": FREE | {"export", "container", "nn", "factors", "tiling"},
     "task": FREE,
     "bars": set(),
+    "store": FREE | {"container"},
     "sizes": {"errors"},
 }
 """By the first name below the package; what is missing here is composition."""

@@ -3,6 +3,7 @@
 The folder holds one subfolder a question, named by the first 16 hex digits of its key:
 
     statistics.json, .safetensors   what calibration said: scalars, tensors
+    tensor-0.json, .safetensors     the same of one tensor, where the network is on disk (`nn.layerwise`)
     rates.json                      the λ of the analysis
     rung-00.json, .fpk              form, loss and size of every layer at one λ, and the weights that are needed again
 

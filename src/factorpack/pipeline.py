@@ -19,11 +19,11 @@ from factorpack.container import Bill, File, read, write
 from factorpack.errors import UnsupportedError
 from factorpack.evaluate.limit import gaussian_bits_of
 from factorpack.nn.folding import fold_batch_norms
-from factorpack.nn.layerwise import calibrate
+from factorpack.nn.layerwise import Observation, calibrate
 from factorpack.nn.loading import place_dense, place_on_the_fly, state_dict
 from factorpack.nn.on_disk import NetworkOnDisk
 from factorpack.nn.prefix import Prefix, copy_of
-from factorpack.nn.state import State, check_values, own_bytes, read_on_disk, read_state, read_stored
+from factorpack.nn.state import State, check_on_disk, check_values, own_bytes, read_on_disk, read_state, read_stored
 from factorpack.nn.statistics import Statistics, collect
 from factorpack.nn.stored import Shaped, StoredTensors
 from factorpack.plan import ModelPlan
@@ -152,9 +152,10 @@ class Source:
         works on a copy of the network, in eval mode, with its batch norms folded unless the options keep them.
         """
         if isinstance(self.model, NetworkOnDisk):
-            held = store or Store.temporary()
-            batches = [] if self.batches is None else self.batches
-            found = calibrate(self.model, batches, self.output, options.seed, held, progress, workers.threads)
+            # First of all: calibration may take hours.
+            check_on_disk(self.model, options.exclude)
+            observation = Observation(self.model, [] if self.batches is None else self.batches, self.output)
+            found = calibrate(observation, options.seed, store or Store.temporary(), progress, workers.threads)
             return read_on_disk(self.model, found, options.exclude)
         if not isinstance(self.model, nn.Module):
             return read_stored(self.model, options.exclude)

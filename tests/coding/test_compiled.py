@@ -1,7 +1,12 @@
 """The decoder as machine code is the reference, in what it gives and in what it refuses."""
 
+import struct
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
+from c_decoder import CHECKED, compiler
 
 from factorpack.coding import compiled, rans, reference
 from factorpack.coding.models import normalised
@@ -47,3 +52,63 @@ def test_machine_code_is_the_reference(lanes):
         if isinstance(expected, str):
             assert found == expected
     assert told(by_machine, np.append(words, words[:1])) == told(by_reference, np.append(words, words[:1]))
+
+
+def test_words_at_an_odd_address():
+    table = rans.Table(normalised(np.array([5, 3, 1], np.int64)))
+    symbols = np.random.default_rng(0).integers(0, 3, 5000).astype(np.int32)
+    states, words = rans.encode(symbols, None, [table], 3)
+    odd = np.frombuffer(b"?" + words.astype("<u2").tobytes(), "<u2", offset=1)
+    assert not odd.flags.aligned
+    assert np.array_equal(compiled.decode(states, odd, None, [table], symbols.size), symbols)
+
+
+def fnv(symbols):
+    found = 2166136261
+    for symbol in symbols:
+        found = (found ^ symbol & 0xFFFFFFFF) * 16777619 & 0xFFFFFFFF
+    return found
+
+
+def test_damaged_streams_touch_no_memory_but_theirs(tmp_path):
+    """Under the sanitizers, in buffers that end where the stream does."""
+    program, source = tmp_path / "rans_check", Path(compiled.__file__).parent
+    command = [compiler(), *CHECKED, "-I", source, Path(__file__).with_name("rans_check.c"), "-o", program]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    rng = np.random.default_rng(0)
+    streams, expected = [], []
+    for _ in range(1500):
+        number, size, lanes = (int(rng.integers(1, most)) for most in (17, 300, 5))
+        count = int(rng.integers(lanes, 400))
+        weights = np.maximum(rng.gamma(0.1, size=(number, size)) * 1e6, 1).astype(np.int64)
+        tables = [normalised(each) for each in weights]
+        contexts = rng.integers(0, number, count).astype(np.uint8)
+        states = rng.integers(reference.LOWER, 1 << 32, lanes).astype(np.uint32)
+        words = rng.integers(0, 1 << 16, rng.integers(0, count)).astype(np.uint16)
+        starts = np.concatenate([np.concatenate([[0], np.cumsum(table)]) for table in tables]).astype(np.uint16)
+        offsets = (size + 1) * np.arange(number, dtype=np.int64)
+        firsts = rng.integers(-200, 200, number).astype(np.int32)
+        head = struct.pack("=7I", lanes, words.size, number, starts.size, count, 1, 0)
+        streams.append(head + b"".join(part.tobytes() for part in (states, words, starts, offsets, firsts, contexts)))
+        table_objects = [rans.Table(table, int(first)) for table, first in zip(tables, firsts, strict=True)]
+        try:
+            expected.append(compiled.decode(states, words, contexts, table_objects, count).tolist())
+        except FormatError as error:
+            expected.append(str(error))
+    run = subprocess.run([program], input=b"".join(streams), capture_output=True, check=False, timeout=300)
+    assert run.returncode == 0, run.stderr.decode()
+    lines = run.stdout.decode().splitlines()
+    assert len(lines) == len(streams)
+    # Words that end early are told with the symbol at which they do.
+    short = [line for line, told in zip(lines, expected, strict=True) if "words end after" in str(told)]
+    assert len(short) > 300
+    for line, told in zip(lines, expected, strict=True):
+        status, decoded, total = line.split()
+        if isinstance(told, list):
+            assert (status, int(decoded), int(total)) == ("0", len(told), fnv(told))
+        elif "end after" in told:
+            assert status == "1"
+            assert told == f"the coded words end after {decoded} of {told.split()[-2]} symbols"
+        else:
+            assert status == "2"

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 pytest.importorskip("accelerate", reason="networks on disk need accelerate")
 
 from factorpack.errors import MismatchError, TaskError
-from factorpack.nn.layerwise import calibrate
+from factorpack.nn.layerwise import Observation, calibrate
 from factorpack.nn.on_disk import NetworkOnDisk
 from factorpack.nn.state import read_on_disk, read_state
 from factorpack.nn.statistics import collect
@@ -98,7 +98,7 @@ def test_calibration_says_what_it_says_of_the_network_in_memory(output, tmp_path
     model = network()
     there = on_disk(model, tmp_path)
     known = read_state(model.state_dict(keep_vars=True), model, collect(model, batches(), output, 3))
-    found = read_on_disk(there, calibrate(there, batches(), output, 3, store(tmp_path), silent))
+    found = read_on_disk(there, calibrate(Observation(there, batches(), output), 3, store(tmp_path), silent))
     assert list(found.dtypes.items()) == list(known.dtypes.items())
     assert list(found.layers) == list(known.layers)
     assert found.unseen == known.unseen == ()
@@ -117,13 +117,14 @@ def test_calibration_says_what_it_says_of_the_network_in_memory(output, tmp_path
 def test_of_a_tied_tensor_the_uses_count_each_by_itself(tmp_path):
     model = network(tied=True)
     there = on_disk(model, tmp_path)
-    found = read_on_disk(there, calibrate(there, batches(), "logits", 0, store(tmp_path), silent))
+    found = read_on_disk(there, calibrate(Observation(there, batches(), "logits"), 0, store(tmp_path), silent))
     assert found.aliases == {"head.weight": "table.weight"}
     untied = copy.deepcopy(model)
     untied.head.weight = nn.Parameter(model.head.weight.detach().clone())
     apart = collect(untied, batches(), "logits", 0).fisher
     expected = (apart["table.weight"] + apart["head.weight"]).sum(1)
-    assert_near(calibrate(there, batches(), "logits", 0, store(tmp_path), silent)["head.weight"].energies, expected)
+    seen = calibrate(Observation(there, batches(), "logits"), 0, store(tmp_path), silent)
+    assert_near(seen["head.weight"].energies, expected)
 
 
 def test_threads_change_no_bit(tmp_path):
@@ -133,7 +134,7 @@ def test_threads_change_no_bit(tmp_path):
         folder = tmp_path / str(threads)
         folder.mkdir()
         there = on_disk(model, folder)
-        seen = calibrate(there, batches(), "logits", 0, store(folder), silent, threads)
+        seen = calibrate(Observation(there, batches(), "logits"), 0, store(folder), silent, threads)
         found.append([seen[name] for name in there.tensors])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one.energies, other.energies)
@@ -152,20 +153,90 @@ def test_a_pass_that_was_stopped_goes_on_where_it_was(tmp_path):
 
     there = on_disk(model, part)
     with pytest.raises(KeyboardInterrupt):
-        calibrate(there, batches(), "logits", 0, store(part), stopped)
+        calibrate(Observation(there, batches(), "logits"), 0, store(part), stopped)
     assert not list(store(part).folder.glob("tmp*"))
     kept = {path: path.stat().st_mtime_ns for path in store(part).folder.iterdir()}
-    assert kept
-    found = calibrate(there, batches(), "logits", 0, store(part), silent)
-    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
-    expected = calibrate(on_disk(model, whole), batches(), "logits", 0, store(whole), silent)
+    assert any("before-" in path.name for path in kept)
+    found = calibrate(Observation(there, batches(), "logits"), 0, store(part), silent)
+    # What led through the blocks is of no more use.
+    left = {path: time for path, time in kept.items() if path.exists()}
+    assert {path.name for path in kept.keys() - left.keys()} == {
+        f"before-layers.{place}{suffix}" for place in (1, 2) for suffix in (".json", ".safetensors")
+    }
+    assert all(path.stat().st_mtime_ns == time for path, time in left.items())
+    expected = calibrate(Observation(on_disk(model, whole), batches(), "logits"), 0, store(whole), silent)
     for name in there.tensors:
         assert torch.equal(found[name].energies, expected[name].energies)
 
     def never(*_: object) -> None:
         raise AssertionError("computed again")
 
-    calibrate(there, batches(), "logits", 0, store(part), never)
+    calibrate(Observation(there, batches(), "logits"), 0, store(part), never)
+
+
+def test_what_is_damaged_is_made_again(tmp_path):
+    there = on_disk(network(), tmp_path)
+    observed = Observation(there, batches(), "logits")
+    expected = calibrate(observed, 0, store(tmp_path), silent)["layers.1.up.weight"].energies
+    path = store(tmp_path).path(there.entries["layers.1.up.weight"], ".safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    found = calibrate(observed, 0, store(tmp_path), silent)
+    assert torch.equal(found["layers.1.up.weight"].energies, expected)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(TaskError, match="was damaged meanwhile"):
+        found["layers.1.up.weight"]
+
+
+class Odd(nn.Module):
+    """Takes one tensor twice, and works on it in place."""
+
+    def __init__(self, width: int, own: nn.Linear):
+        super().__init__()
+        self.norm, self.shared = nn.LayerNorm(width), own
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        hidden = torch.tanh(self.shared(self.norm(residual)))
+        x += hidden
+        return x
+
+
+class OddNetwork(nn.Module):
+    def __init__(self, width: int = 12):
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(7, width))
+        self.table = nn.Embedding(30, width)
+        shared = nn.Linear(width, width)
+        self.layers = nn.ModuleList(Odd(width, shared) for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        # Of a single sample the gradient of the sum and that of the positions are one memory.
+        x = 2 * self.table(ids) + self.position[None]
+        for layer in self.layers:
+            x = layer(x.clone() if x.requires_grad else x, residual=x)
+        return x
+
+
+def test_blocks_that_share_weights_and_inputs(tmp_path):
+    torch.manual_seed(0)
+    model = OddNetwork().eval()
+    path = tmp_path / "weights.safetensors"
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items() if ("layers.1" not in name
+               and "layers.2" not in name) or "norm" in name}, path)  # fmt: skip
+    with torch.device("meta"):
+        empty = OddNetwork().eval()
+    there = NetworkOnDisk(empty, StoredTensors([path]))
+    assert set(there.tied.values()) == {"layers.0.shared.weight", "layers.0.shared.bias"}
+    single = [ids[:1] for ids in batches()]
+    seen = calibrate(Observation(there, single, "embedding"), 0, store(tmp_path), silent)
+    apart = copy.deepcopy(model)
+    for layer in apart.layers:
+        layer.shared = copy.deepcopy(model.layers[0].shared)
+    known = collect(apart, single, "embedding", 0)
+    for name in ("position", "table.weight"):
+        assert_near(seen[name].energies, known.fisher[name].sum(1))
+    uses = [f"layers.{place}.shared.weight" for place in range(3)]
+    assert_near(seen[uses[0]].energies, sum(known.fisher[name].sum(1) for name in uses))
+    assert_near(seen[uses[0]].statistics.moments, sum(known.weights[name].moments for name in uses) / 3)
 
 
 def test_weights_that_are_not_there_are_named(tmp_path):
@@ -184,12 +255,12 @@ def test_what_cannot_be_calibrated_block_by_block_says_so(tmp_path):
     there = on_disk(model, tmp_path)
     there.model.order = [0, 1, 1]
     with pytest.raises(TaskError, match=r"goes through layers\.1 more than once"):
-        calibrate(there, batches(), "logits", 0, store(tmp_path), silent)
+        calibrate(Observation(there, batches(), "logits"), 0, store(tmp_path), silent)
     there.model.order = range(3)
     with pytest.raises(TaskError, match="no batch"):
-        calibrate(there, [], "logits", 0, store(tmp_path), silent)
+        calibrate(Observation(there, [], "logits"), 0, store(tmp_path), silent)
     with pytest.raises(TaskError, match="the model failed on calibration data: index out of range"):
-        calibrate(there, [torch.tensor([[99]])], "logits", 0, store(tmp_path), silent)
+        calibrate(Observation(there, [torch.tensor([[99]])], "logits"), 0, store(tmp_path), silent)
 
 
 @pytest.mark.parametrize(
@@ -204,4 +275,4 @@ def test_what_is_not_finite_is_told(name, told, tmp_path):
     with torch.no_grad():
         model.get_parameter(name)[0, 0] = torch.inf
     with pytest.raises(TaskError, match=told):
-        calibrate(on_disk(model, tmp_path), batches(), "logits", 0, store(tmp_path), silent)
+        calibrate(Observation(on_disk(model, tmp_path), batches(), "logits"), 0, store(tmp_path), silent)

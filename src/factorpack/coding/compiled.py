@@ -20,6 +20,7 @@ FUNCTION = "factorpack_decode_1"
 """With the version of what it takes: a library that was built of another is as none."""
 MOST_CONTEXTS = 16
 GOOD, WORDS_END = 0, 1
+assert TOTAL < 1 << 16, "sums of frequencies are handed over in 16 bits"
 
 
 @cache
@@ -47,15 +48,17 @@ def decode(
     count: int,
 ) -> Int32[np.ndarray, " count"]:
     """As `rans.decode`, unchecked, of at most `MOST_CONTEXTS` tables."""
-    sizes = np.array([table.frequencies.size + 1 for table in tables])
+    assert len(tables) <= MOST_CONTEXTS
+    sizes = np.array([table.frequencies.size + 1 for table in tables], np.int64)
     offsets = np.cumsum(sizes) - sizes
     starts = np.zeros(sizes.sum(), np.uint16)
     for table, offset in zip(tables, offsets, strict=True):
         starts[offset + 1 : offset + 1 + table.frequencies.size] = np.cumsum(table.frequencies)
     firsts = np.array([table.first for table in tables], np.int32)
     state = np.array(states, np.uint32)
-    word = np.ascontiguousarray(words, np.uint16)
-    context = None if contexts is None else np.ascontiguousarray(contexts, np.uint8)
+    # In a file they may lie at an odd address.
+    word = np.require(words, np.uint16, ["C", "A"])
+    context = None if contexts is None else np.require(contexts, np.uint8, ["C"])
     symbols = np.empty(count, np.int32)
     decoded = c_size_t()
     told = library()(
@@ -68,6 +71,3 @@ def decode(
     if told != GOOD:
         raise FormatError("the coded words do not end where their symbols do")
     return symbols
-
-
-assert TOTAL < 1 << 16, "sums of frequencies fit 16 bits"

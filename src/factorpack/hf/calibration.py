@@ -184,7 +184,8 @@ def calibrated(folder: Folder, data: Path, seed: int) -> Source:
     """The folder's network with calibration batches from a text file, one sentence a line, or a folder of images.
 
     What is looked at: the pooled embedding of a sentence encoder, else logits, else hidden states. Raises TaskError
-    where network or data cannot be read or do not fit, UnsupportedError where transformers or Pillow are missing.
+    where network or data cannot be read or do not fit, UnsupportedError where transformers or Pillow are missing, or
+    accelerate for a large network.
     """
     head = _pooling(folder)
     on_disk = _on_disk(folder)

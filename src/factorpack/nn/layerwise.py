@@ -14,9 +14,9 @@ gradients of both uses are added, where there the gradients are. (Gradients from
 
 import copy
 import threading
-from collections import ChainMap
+from collections import ChainMap, Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from ctypes import CDLL
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load_file, save, save_file
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from factorpack._shapes import Float
-from factorpack.errors import TaskError
+from factorpack.errors import FactorpackError, TaskError
 from factorpack.nn.lockstep import Pause, Run, running
 from factorpack.nn.on_disk import NetworkOnDisk
 from factorpack.nn.statistics import (
@@ -46,10 +46,35 @@ from factorpack.nn.statistics import (
     tensors_of,
 )  # fmt: skip
 from factorpack.nn.stored import pays_record
-from factorpack.store import Store
 from factorpack.tiling import Tiling
 
 FORWARDS, BACKWARDS = "forwards", "backwards"
+CALIBRATED, BEFORE = "calibrated", "before-"
+"""What the store calls the names of all tensors that are known of, and the gradients of what came to a block."""
+
+
+@runtime_checkable
+class Keeper(Protocol):
+    """Keeps what was computed: JSON under a name, with files of bytes beside it, in `folder`."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    def path(self, name: str, suffix: str) -> Path: ...
+
+    def load(self, name: str) -> Any:
+        """None for what is not there, or not as it was written."""
+
+    def save(self, name: str, content: object, beside: Mapping[str, bytes] | None = None) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """A network, the batches that it is observed on, and what it gives out: "logits" or "embedding"."""
+
+    network: NetworkOnDisk
+    batches: Sequence[object]
+    output: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +110,8 @@ class _Record:
     def take_gradient(self, name: str, parameter: Tensor, sums: Mapping[str, Sums]) -> None:
         """Adds the squared gradient of a parameter, and clears it; `sums` say how its inputs reach it."""
         assert parameter.grad is not None
-        squares = parameter.grad.square_()
+        # Not in place: others upstream may share the memory of a gradient.
+        squares = parameter.grad.square()
         parameter.grad = None
         if pays_record(squares.shape):
             seen = sums.get(name)
@@ -93,6 +119,11 @@ class _Record:
             tiling = Tiling(shape) if seen is None else Tiling(shape, seen.groups, seen.transposed)
             squares = energies(squares, tiling)
         self.energies[name] = self.energies[name] + squares if name in self.energies else squares
+
+    def part(self, name: str) -> "_Record":
+        """What it has of one tensor."""
+        sums = {name: self.sums[name]} if name in self.sums else {}
+        return _Record(sums, {name: self.energies[name]} if name in self.energies else {})
 
     def take(self, other: "_Record") -> None:
         self.take_sums(other.sums)
@@ -140,24 +171,30 @@ class _Through(torch.autograd.Function):
 
 @dataclass(eq=False)
 class _Calibration:
-    """One pass of `network` over `batches`, with what is found going to `store` and what is passing by to `folder`."""
+    """One pass of a network over its batches; what is found goes to `store`, what is needed on the way to `folder`."""
 
-    network: NetworkOnDisk
-    batches: Sequence[object]
-    output: str
+    observation: Observation
     seed: int
-    store: Store
+    store: Keeper
     folder: Path
     progress: Callable[[], None]
     threads: int
     predictions: int = 0
     outside: _Record = field(default_factory=_Record)
+    """Of what is around the blocks, and of tensors that are used in several places."""
+    kept: list[str] = field(default_factory=list)
+    """Names of what is in the store."""
     calls: dict[tuple[str, int], _Call] = field(default_factory=dict)
     here: threading.local = field(default_factory=threading.local)
     """Of the thread: how its run pauses."""
 
     def __post_init__(self) -> None:
+        self.network, self.batches = self.observation.network, self.observation.batches
         self.generator = torch.Generator().manual_seed(self.seed)
+        inside = [set(self.network.parameters_of(block).values()) for block in self.network.blocks]
+        uses = Counter(name for names in (*inside, set(self.network.around.values())) for name in names)
+        self.shared = frozenset(name for name, count in uses.items() if count > 1)
+        """Tensors of several blocks, or of a block and what is around them."""
 
     def run(self) -> None:
         names = self.network.around
@@ -211,7 +248,7 @@ class _Calibration:
         check_output(out, tensors_of(self.network.model), self.batches[at])
         self.predictions += out.shape[:-1].numel()
         # A sum, so that nothing as large as the output is held while blocks are gone through.
-        loss = (out * probe(out, self.output, self.generator)).sum()
+        loss = (out * probe(out, self.observation.output, self.generator)).sum()
         del out
         loss.backward()
 
@@ -226,6 +263,7 @@ class _Calibration:
         self.progress()
         for run, answer in zip(runs, answers, strict=True):
             run.advance(answer)
+        _trim()
 
     @contextmanager
     def _copies(self, block: str) -> Iterator["SimpleQueue[nn.Module]"]:
@@ -244,12 +282,14 @@ class _Calibration:
     def _forwards(self, pool: ThreadPoolExecutor, block: str, asked: Sequence[Any]) -> list[Any]:
         def through(at: int) -> Any:
             call, inputs = asked[at]
-            save_file({str(place): tensor.contiguous() for place, tensor in enumerate(inputs)}, self._file(block, at))
+            # In memory of their own: two may be one tensor, and blocks may work in place on what they are given.
+            own = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in inputs]
+            save_file({str(place): tensor for place, tensor in enumerate(own)}, self._file(block, at))
             self.calls[block, at] = call
             module = copies.get()
             try:
-                with torch.no_grad():
-                    args, kwargs = call.of(inputs)
+                with torch.no_grad(), _told(at):
+                    args, kwargs = call.of(own)
                     return pytree.tree_flatten(module(*args, **kwargs))
             finally:
                 copies.put(module)
@@ -261,50 +301,56 @@ class _Calibration:
 
     def _backwards(self, pool: ThreadPoolExecutor, block: str, asked: Sequence[Any]) -> list[tuple[Tensor, ...]]:
         """Gradients of what came to the block, by run; those of a pass that was stopped are in the store."""
-        name = f"before-{block}"
+        name = f"{BEFORE}{block}"
         counts = [len(self.calls[block, at].places) for at in range(len(asked))]
-        if self.store.load(name) is not None:
+        entries = self.store.load(name)
+        if entries is not None and all(self.store.load(self.network.entries[entry]) is not None for entry in entries):
+            self.kept += entries
             held = load_file(self.store.path(name, ".safetensors"))
-            return [tuple(held[f"{at}.{place}"] for place in range(count)) for at, count in enumerate(counts)]
-        record, found = _Record(), []
-        with self._copies(block) as copies:
-            for part, gradients in pool.map(partial(self._back, copies, block, asked), range(len(asked))):
-                record.take(part)
-                found.append(gradients)
-            self._keep(record)
-        tensors = {f"{at}.{place}": g.contiguous() for at, part in enumerate(found) for place, g in enumerate(part)}
-        self.store.save(name, {}, {".safetensors": save(tensors)})
+            found = [tuple(held[f"{at}.{place}"] for place in range(count)) for at, count in enumerate(counts)]
+        else:
+            record, found = _Record(), []
+            work = partial(self._back, block, asked)
+            with self._copies(block) as copies:
+                for part, gradients in _in_turn(pool, partial(work, copies), len(asked), self.threads):
+                    record.take(part)
+                    found.append(gradients)
+                whole = self._keep(record, self.shared)
+            tensors = {f"{at}.{place}": g.contiguous() for at, part in enumerate(found) for place, g in enumerate(part)}
+            if whole is not None:
+                self.store.save(name, whole, {".safetensors": save(tensors)})
         for at in range(len(asked)):
             self._file(block, at).unlink()
         return found
 
     def _back(
-        self, copies: "SimpleQueue[nn.Module]", block: str, asked: Sequence[Any], at: int
+        self, block: str, asked: Sequence[Any], copies: "SimpleQueue[nn.Module]", at: int
     ) -> tuple[_Record, tuple[Tensor, ...]]:
         """One batch through the block again, and back: what it shows, and the gradients of what came to the block."""
         names = self.network.parameters_of(block)
         held = load_file(self._file(block, at))
         inputs = [held[str(place)].requires_grad_(True) for place in range(len(held))]
         module = copies.get()
-        parameters = {names[name]: parameter for name, parameter in module.named_parameters()}
+        # Two of them may be stored as one.
+        parameters = [(names[name], parameter) for name, parameter in module.named_parameters()]
         generator = torch.Generator().manual_seed(self.seed + at)
-        observer = Observer({id(parameter): name for name, parameter in parameters.items()}, at, generator)
+        observer = Observer({id(parameter): name for name, parameter in parameters}, at, generator)
         record = _Record()
 
         def taken(name: str, parameter: Tensor) -> None:
             record.take_gradient(name, parameter, observer.sums)
-            check_gradient(name, record.energies[name], parameters, self.batches[at])
+            check_gradient(name, record.energies[name], dict(parameters), self.batches[at])
 
-        handles = [
-            parameter.register_post_accumulate_grad_hook(partial(taken, name)) for name, parameter in parameters.items()
-        ]
+        handles = [parameter.register_post_accumulate_grad_hook(partial(taken, name)) for name, parameter in parameters]
         try:
-            with torch.enable_grad(), observer:
-                args, kwargs = self.calls[block, at].of(inputs)
-                leaves, _ = pytree.tree_flatten(module(*args, **kwargs))
-            outputs = [leaf for leaf in leaves if _floating(leaf)]
-            pairs = [pair for pair in zip(outputs, asked[at], strict=True) if pair[0].requires_grad]
-            torch.autograd.backward([out for out, _ in pairs], [gradient for _, gradient in pairs])
+            with _told(at):
+                with torch.enable_grad(), observer:
+                    # Leaves could not be worked on in place.
+                    args, kwargs = self.calls[block, at].of([tensor.clone() for tensor in inputs])
+                    leaves, _ = pytree.tree_flatten(module(*args, **kwargs))
+                outputs = [leaf for leaf in leaves if _floating(leaf)]
+                pairs = [pair for pair in zip(outputs, asked[at], strict=True) if pair[0].requires_grad]
+                torch.autograd.backward([out for out, _ in pairs], [gradient for _, gradient in pairs])
             record.take_sums(observer.sums)
         finally:
             for handle in handles:
@@ -312,9 +358,15 @@ class _Calibration:
             copies.put(module)
         return record, tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in inputs)
 
-    def _keep(self, record: _Record) -> None:
-        """Puts in the store what is known of tensors, each by itself, so that each can be read by itself."""
-        for name in record.sums.keys() | record.energies.keys():
+    def _keep(self, record: _Record, later: frozenset[str] = frozenset()) -> list[str] | None:
+        """Puts in the store what is known of tensors, each by itself, so that each can be read by itself.
+
+        Those `later` are left for the end. The names of the others; None where some were left.
+        """
+        names = sorted(record.sums.keys() | record.energies.keys())
+        for name in later.intersection(names):
+            self.outside.take(record.part(name))
+        for name in (name for name in names if name not in later):
             content: dict[str, Any] = {"name": name}
             tensors = {}
             if name in record.energies:
@@ -329,6 +381,32 @@ class _Calibration:
                 if seen.counts is not None:
                     tensors["counts"] = seen.counts
             self.store.save(self.network.entries[name], content, {".safetensors": save(tensors)})
+            self.kept.append(name)
+        return None if later.intersection(names) else names
+
+
+@contextmanager
+def _told(at: int) -> Iterator[None]:
+    """TaskError, with the number of the batch, for whatever a block fails with."""
+    try:
+        yield
+    except FactorpackError as error:
+        raise TaskError(f"calibration batch {at + 1}: {error}") from error
+    except Exception as error:
+        raise TaskError(
+            f"calibration batch {at + 1}: the model failed on it: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _in_turn(pool: ThreadPoolExecutor, work: Callable[[int], Any], count: int, threads: int) -> Iterator[Any]:
+    """As `pool.map` over range(count), with as few results waiting as there are threads: each is large."""
+    begun: deque[Future[Any]] = deque()
+    for at in range(count):
+        if len(begun) == threads:
+            yield begun.popleft().result()
+        begun.append(pool.submit(work, at))
+    while begun:
+        yield begun.popleft().result()
 
 
 def _trim() -> None:
@@ -339,17 +417,23 @@ def _trim() -> None:
 
 @dataclass(frozen=True, eq=False)
 class StoredStatistics:
-    """What calibration said of the tensors of `network`, each read from `store` whenever it is asked for."""
+    """What calibration said of the tensors of `network`, each read from `store` whenever it is asked for.
+
+    Raises TaskError where that is not there any more as it was written.
+    """
 
     network: NetworkOnDisk
-    store: Store
+    store: Keeper
+    names: frozenset[str]
 
     def __getitem__(self, name: str) -> Seen | None:
         """None for a tensor that no gradient reached and no call used."""
         name = self.network.stored_name(name)
+        if name not in self.names:
+            return None
         entry = self.network.entries[name]
         if (content := self.store.load(entry)) is None:
-            return None
+            raise TaskError(f"{self.store.path(entry, '.json')} was damaged meanwhile: start again")
         tensors = load_file(self.store.path(entry, ".safetensors"))
         seen = None
         if "moments" in tensors:
@@ -361,26 +445,31 @@ class StoredStatistics:
 
 
 def calibrate(
-    network: NetworkOnDisk, batches: Sequence[object], output: str, seed: int, store: Store,
-    progress: Callable[[str, int, int], None], threads: int = 1,
-) -> StoredStatistics:  # fmt: skip
-    """Statistics of every parameter over `batches`, block by block, `threads` batches at a time, kept in `store`.
+    observation: Observation, seed: int, store: Keeper, progress: Callable[[str, int, int], None], threads: int = 1
+) -> StoredStatistics:
+    """Statistics of every parameter, block by block, `threads` batches at a time, kept in `store`.
 
-    `output` is "logits" or "embedding". What is in the store already is not computed again, though a pass that was
-    stopped goes through the network once more. Raises TaskError as `nn.statistics.collect`, and where batches take
-    different ways through the blocks, or one more than once.
+    What is in the store already is not computed again, though a pass that was stopped goes through the network once
+    more. Raises TaskError as `nn.statistics.collect`, and where batches take different ways through the blocks, or one
+    more than once.
     """
-    if not batches:
+    network = observation.network
+    if not observation.batches:
         raise TaskError("calibration() gave no batch: give at least one, or leave calibration out")
-    found = StoredStatistics(network, store)
-    if store.load("calibrated") is None:
+    names = store.load(CALIBRATED)
+    if names is None or any(store.load(network.entries[name]) is None for name in names):
         total = 2 * len(network.blocks)
         done = iter(range(1, total + 1))
         progress("calibration", 0, total)
         with TemporaryDirectory(dir=store.folder) as folder:
-            _Calibration(
-                network, batches, output, seed, store, Path(folder), lambda: progress("calibration", next(done), total),
-                threads,
-            ).run()  # fmt: skip
-        store.save("calibrated", {})
-    return found
+            pass_ = _Calibration(
+                observation, seed, store, Path(folder), lambda: progress("calibration", next(done), total), threads
+            )
+            pass_.run()
+        names = pass_.kept
+        store.save(CALIBRATED, names)
+    # Only a pass that is stopped needs them, and they take as much as all batches do at all blocks.
+    for block in network.blocks:
+        for suffix in (".json", ".safetensors"):
+            store.path(f"{BEFORE}{block}", suffix).unlink(missing_ok=True)
+    return StoredStatistics(network, store, frozenset(names))

@@ -307,13 +307,21 @@ def read_stored(tensors: StoredTensors, exclude: Sequence[str] = ()) -> State:
     return State(StoredLayers(shapes, made), small, exact, {}, dtypes, ())
 
 
+def check_on_disk(network: NetworkOnDisk, exclude: Sequence[str]) -> None:
+    """Raises as `read_on_disk` where that can be told without reading the tensors."""
+    _check_patterns(list(network.model.state_dict()), exclude)
+    for name, stored in network.tensors.formats.items():
+        if stored.startswith("F8"):
+            raise UnsupportedError(f"{name!r} is {stored}, which is small already: cast it to bfloat16 first")
+
+
 def read_on_disk(network: NetworkOnDisk, statistics: StoredStatistics, exclude: Sequence[str] = ()) -> State:
     """As `read_state`, of a network on disk: what is factored stays there, and what is known of it too.
 
     Raises as `read_state`.
     """
     names = list(network.model.state_dict())
-    _check_patterns(names, exclude)
+    check_on_disk(network, exclude)
     spared = {network.stored_name(name) for name in names if any(fnmatchcase(name, pattern) for pattern in exclude)}
     parameters = {name for name, _ in network.model.named_parameters(remove_duplicate=False)}
     shapes: dict[str, tuple[int, ...]] = {}

@@ -53,14 +53,15 @@ class StoredTensors(Shaped[Tensor]):
     """The tensors of `.safetensors` files by name, read from disk whenever they are asked for.
 
     Each time they are in memory of their own, so that no two of them look tied. `shapes` tells of all without reading
-    them, `size_bytes` what the files take. Raises TaskError for what is no safetensors file, and for a name that is in
-    two files.
+    them, `formats` what safetensors calls their dtypes, `size_bytes` what the files take. Raises TaskError for what is
+    no safetensors file, and for a name that is in two files.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._homes: dict[str, Path] = {}
         self.size_bytes = sum(path.stat().st_size for path in paths if path.is_file())
         shapes: dict[str, tuple[int, ...]] = {}
+        self.formats: dict[str, str] = {}
         for path in paths:
             with _opened(path) as file:
                 # It is no mapping: without keys() it cannot be walked.
@@ -70,7 +71,8 @@ class StoredTensors(Shaped[Tensor]):
                             f"{name!r} is in {self._homes[name]} and in {path}: give the file that is meant"
                         )
                     self._homes[name] = path
-                    shapes[name] = tuple(file.get_slice(name).get_shape())
+                    part = file.get_slice(name)
+                    shapes[name], self.formats[name] = tuple(part.get_shape()), part.get_dtype()
         self.shapes = shapes
 
     def __getitem__(self, name: str) -> Tensor:

@@ -1,0 +1,42 @@
+/* Streams from standard input through rans.c, each in buffers of exactly its size; prints what came of each.
+
+   A stream is seven 32-bit numbers (lanes, words, tables, their entries, symbols, whether there are contexts, unused),
+   then states, words, starts, offsets, firsts and contexts. */
+
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "rans.c"
+
+static void *taken(size_t count, size_t size)
+{
+    void *data = malloc(count > 0 ? count * size : 1);
+    if (!data || (count && fread(data, size, count, stdin) != count))
+        exit(2);
+    return data;
+}
+
+int main(void)
+{
+    uint32_t head[7];
+    while (fread(head, sizeof *head, 7, stdin) == 7) {
+        const size_t lanes = head[0], words = head[1], tables = head[2], entries = head[3], count = head[4];
+        uint32_t *state = taken(lanes, sizeof *state), sum = 2166136261u;
+        uint16_t *word = taken(words, sizeof *word), *start = taken(entries, sizeof *start);
+        int64_t *offset = taken(tables, sizeof *offset);
+        int32_t *first = taken(tables, sizeof *first);
+        uint8_t *context = head[5] ? taken(count, sizeof *context) : NULL;
+        int32_t *symbols = malloc(count > 0 ? count * sizeof *symbols : 1);
+        size_t decoded, at;
+        int told;
+        if (!symbols)
+            return 2;
+        told = factorpack_decode_1(state, lanes, word, words, context, start, offset, first, tables, symbols, count,
+                                   &decoded);
+        for (at = 0; at < decoded; at++)
+            sum = (sum ^ (uint32_t)symbols[at]) * 16777619u;
+        printf("%d %lu %lu\n", told, (unsigned long)decoded, (unsigned long)sum);
+        free(state), free(word), free(start), free(offset), free(first), free(context), free(symbols);
+    }
+    return 0;
+}
