@@ -1,6 +1,6 @@
-"""Writes the tables of the README from what is in bench/results, between its markers.
+"""Writes the tables of the README from what is in bench/results, between its markers, and its picture.
 
-    python bench/readme.py            the README is written
+    python bench/readme.py            README.md and docs/curves.png are written
     python bench/readme.py --check    it is only compared; exit code 1 where it differs
 
 A table has a row a peer and a column a task: the smallest file that was measured whose score is near enough to the
@@ -10,6 +10,7 @@ original's. Nothing is interpolated. Bytes are those of the file, or of the file
 import sys
 from pathlib import Path
 
+from factorpack.bench.plots import plot_all
 from factorpack.bench.registry import PEERS
 from factorpack.bench.results import Point, Results, read_results
 
@@ -17,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- bench: made by `make readme` -->", "<!-- bench: end -->"
 NEAR = (0.01, 0.05)
 """Parts of the original's score that may be lost."""
+DRAWN = ("resnet20_cifar10", "squeezenet_imagenet", "minilm_sts", "stories260k")
+"""Tasks whose curves the picture shows."""
 
 
 def smallest(results: Results, peer: str, near: float) -> Point | None:
@@ -87,6 +90,8 @@ def main() -> None:
     if "--check" in sys.argv[1:]:
         sys.exit("README.md is not what bench/results says: make readme" if new != text else 0)
     path.write_text(new, encoding="utf-8")
+    drawn = [path for path in (ROOT / "bench" / "results" / f"{name}.json" for name in DRAWN) if path.exists()]
+    (ROOT / "docs" / "curves.png").write_bytes(plot_all([read_results(path) for path in drawn]))
 
 
 if __name__ == "__main__":

@@ -116,7 +116,13 @@ def _kronecker(factors: Iterable[Int32[np.ndarray, "_ _"]]) -> Int32[np.ndarray,
     # Python's integers, which do not overflow.
     if prod(max(int(factor.max(initial=0)), -int(factor.min(initial=0))) for factor in factors) > INTEGER_LIMIT:
         raise MismatchError(f"the factors' product may lie outside ±{INTEGER_LIMIT}")
-    return reduce(np.kron, factors, np.ones((1, 1), np.int32))
+    return reduce(_kron, factors, np.ones((1, 1), np.int32))
+
+
+def _kron(one: Int32[np.ndarray, "_ _"], other: Int32[np.ndarray, "_ _"]) -> Int32[np.ndarray, "_ _"]:
+    """As np.kron, which takes ten times as long for factors this small."""
+    product = one[:, None, :, None] * other[None, :, None, :]
+    return product.reshape(one.shape[0] * other.shape[0], one.shape[1] * other.shape[1])
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,11 +44,12 @@ def test_curves_are_sorted_and_hold_what_can_be_drawn(results):
 
 def test_a_picture_is_drawn_of_few_points_and_of_none(results):
     pytest.importorskip("matplotlib")
-    from factorpack.bench.plots import plot
+    from factorpack.bench.plots import plot, plot_all
 
     assert plot(results).startswith(b"\x89PNG")
     assert plot(Results("none", results.original)).startswith(b"\x89PNG")
     assert plot(results) == plot(results)
+    assert plot_all([results] * 3).startswith(b"\x89PNG")
 
 
 def test_a_page_holds_every_point_and_needs_nothing_else(results):

@@ -1,11 +1,16 @@
 """Size against score as a PNG."""
 
+from collections.abc import Sequence
 from io import BytesIO
+from typing import Any
 
 from factorpack.bench.looks import LOOKS, curves, floor
 from factorpack.bench.registry import PEERS
 from factorpack.bench.results import Results
 from factorpack.curve import DOTS_PER_INCH, size_axis
+
+SIZES = "size of the file, or of the file in zstd where that is smaller"
+ORIGINAL = "original"
 
 
 def plot(results: Results) -> bytes:
@@ -14,13 +19,44 @@ def plot(results: Results) -> bytes:
     Sizes are those of files, or of files in zstd where that is smaller. Scores below half of what can be lost are
     left to the tables.
     """
+    figure = _figure(9, 5)
+    axes = figure.add_subplot()
+    _draw(axes, results, f"original, {results.original.scores[results.original.score]:.4g}")
+    axes.set_xlabel(SIZES)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
+    return _png(figure)
+
+
+def plot_all(tasks: Sequence[Results]) -> bytes:
+    """As `plot`, several tasks beside and below one another, with one legend."""
+    rows = -(-len(tasks) // 2)
+    figure = _figure(11, 3.7 * rows + 1.2)
+    named: dict[str, Any] = {}
+    for place, results in enumerate(tasks):
+        axes = figure.add_subplot(rows, 2, place + 1)
+        _draw(axes, results, ORIGINAL)
+        if place >= len(tasks) - 2:
+            axes.set_xlabel(SIZES)
+        handles, names = axes.get_legend_handles_labels()
+        named |= dict(zip(names, handles, strict=True))
+    order = [*(peer.title for peer in PEERS.values() if peer.title in named), ORIGINAL]
+    figure.legend(
+        [named[name] for name in order], order, loc="outside lower center", ncols=4, frameon=False, fontsize=9
+    )
+    return _png(figure)
+
+
+def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _draw(axes: Any, results: Results, told: str) -> None:
+    """`told` is what the line of the original is called."""
     score = results.original.score
     original = results.original.scores[score]
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.axhline(original, color="0.45", linestyle="--", linewidth=1.2, label=f"original, {original:.4g}")
+    axes.axhline(original, color="0.45", linestyle="--", linewidth=1.2, label=told)
     sizes = []
     for name, points in curves(results).items():
         look, main = LOOKS[name], name == "factorpack"
@@ -38,10 +74,11 @@ def plot(results: Results) -> bytes:
         size_axis(axes, sizes)
     axes.grid(color="0.9")
     # Names may hold dollars, which matplotlib takes for mathematics.
-    axes.set_xlabel("size of the file, or of the file in zstd where that is smaller")
     axes.set_ylabel(score.replace("$", r"\$"))
     axes.set_title(results.name.replace("$", r"\$"))
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
+
+
+def _png(figure: Any) -> bytes:
     out = BytesIO()
     figure.savefig(out, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     return out.getvalue()

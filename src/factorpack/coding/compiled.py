@@ -51,9 +51,11 @@ def decode(
     assert len(tables) <= MOST_CONTEXTS
     sizes = np.array([table.frequencies.size + 1 for table in tables], np.int64)
     offsets = np.cumsum(sizes) - sizes
-    starts = np.zeros(sizes.sum(), np.uint16)
-    for table, offset in zip(tables, offsets, strict=True):
-        starts[offset + 1 : offset + 1 + table.frequencies.size] = np.cumsum(table.frequencies)
+    frequencies = np.zeros(int(sizes.sum()), np.int64)
+    for table, offset, size in zip(tables, offsets.tolist(), sizes.tolist(), strict=True):
+        frequencies[offset + 1 : offset + size] = table.frequencies
+    # Each table's sum is TOTAL, so that one sum over all of them does.
+    starts = (np.cumsum(frequencies) - np.repeat(TOTAL * np.arange(len(tables)), sizes)).astype(np.uint16)
     firsts = np.array([table.first for table in tables], np.int32)
     state = np.array(states, np.uint32)
     # In a file they may lie at an odd address.
