@@ -35,8 +35,8 @@ VECTOR_SHARE = 1 / 64
 """Part of λ that small tensors are rounded with: their errors add up over all positions alike, which the curvature
 of single entries does not show (docs/log.md)."""
 SEARCHES = 14
-STORED_BRACKET = 1.15
-"""Layers on disk take long to solve: sizes this ratio apart are close enough, and candidates of both are mixed."""
+LARGE_BRACKET = 1.15
+"""Where layers take long to solve, sizes this ratio apart are close enough, and candidates of both are mixed."""
 WALKS = 4
 WALK_TOLERANCE = 0.03
 CLOSINGS = 4
@@ -620,7 +620,8 @@ def _bracket(search: _Search, rate: float, goal: float) -> _Bracket:
         following = _next_rate(rate, size, goal, above, below, stride)
         if abs(size - goal) <= goal * tolerance or following is None:
             break
-        if search.state.stored and above is not None and below is not None and above[1] < STORED_BRACKET * below[1]:
+        slow = search.state.large_moments
+        if slow and above is not None and below is not None and above[1] < LARGE_BRACKET * below[1]:
             break
         rate = following
     assert nearest is not None

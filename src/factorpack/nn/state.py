@@ -54,7 +54,8 @@ class State:
 
     `dtypes` holds the torch dtype of every name, `aliases` the stored name of each tied one, `unseen` the
     weights that no observed call used in calibration (their moments are taken as the identity). `prefix` is the
-    network with its calibration batches, where there are any.
+    network with its calibration batches, where there are any; a network on disk has `large_moments` instead: its layers
+    take long to solve.
     """
 
     layers: Mapping[str, Layer]
@@ -64,6 +65,7 @@ class State:
     dtypes: Mapping[str, str]
     unseen: tuple[str, ...]
     prefix: Prefix | None = None
+    large_moments: bool = False
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -362,7 +364,7 @@ def read_on_disk(network: NetworkOnDisk, statistics: StoredStatistics, exclude: 
         return Layer(name, _floats(tensor), Tiling(tuple(tensor.shape)), _relative(tensor, power), False)
 
     aliases = {name: owner for name, owner in network.tied.items() if name in dtypes}
-    return State(StoredLayers(shapes, made), small, exact, aliases, dtypes, tuple(unseen))
+    return State(StoredLayers(shapes, made), small, exact, aliases, dtypes, tuple(unseen), large_moments=True)
 
 
 def _known(name: str, tensor: Tensor, seen: Seen | None) -> Layer:
