@@ -68,7 +68,7 @@ def normalised(weights: Integer[np.ndarray, " symbols"]) -> Int32[np.ndarray, " 
     frequencies[largest] += TOTAL - int(frequencies.sum())
     if frequencies[largest] < 1:
         raise FormatError("a symbol model has too many symbols for its precision")
-    return frequencies.astype(np.int32)
+    return np.asarray(frequencies, np.int32)
 
 
 @dataclass(frozen=True, eq=False)
