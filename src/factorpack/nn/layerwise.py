@@ -184,6 +184,8 @@ class _Calibration:
     """Of what is around the blocks, and of tensors that are used in several places."""
     kept: list[str] = field(default_factory=list)
     """Names of what is in the store."""
+    taken: Counter[int] = field(default_factory=Counter)
+    """In how many runs the gradient of a tensor around the blocks was taken, by its identity."""
     calls: dict[tuple[str, int], _Call] = field(default_factory=dict)
     here: threading.local = field(default_factory=threading.local)
     """Of the thread: how its run pauses."""
@@ -239,6 +241,10 @@ class _Calibration:
         self.outside.take_gradient(name, parameter, ChainMap(observer.sums, self.outside.sums))
         tensors = tensors_of(self.network.model)
         check_gradient(name, self.outside.energies[name], tensors, self.batches[observer.batch])
+        self.taken[id(parameter)] += 1
+        if self.taken[id(parameter)] == len(self.batches):
+            # A head is of no more use once all runs are back at the last block, and may be the largest of all weights.
+            parameter.data = parameter.data.new_zeros(1).expand(parameter.shape)
 
     def _work(self, at: int, observer: Observer, pause: Pause) -> None:
         """One batch through the network and back."""
@@ -315,6 +321,8 @@ class _Calibration:
                 for part, gradients in _in_turn(pool, partial(work, copies), len(asked), self.threads):
                     record.take(part)
                     found.append(gradients)
+                    # While the next one is made there is to be one less of them.
+                    del part
                 whole = self._keep(record, self.shared)
             tensors = {f"{at}.{place}": g.contiguous() for at, part in enumerate(found) for place, g in enumerate(part)}
             if whole is not None:
