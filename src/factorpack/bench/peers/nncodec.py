@@ -57,6 +57,9 @@ def _codec() -> Any:
     import nncodec.nn
 
     sys.meta_path.remove(_Finder)
+    # Others look for them, to do without.
+    for name in [name for name, module in sys.modules.items() if isinstance(module, _Absent)]:
+        del sys.modules[name]
     return nncodec.nn
 
 
