@@ -382,7 +382,9 @@ class _Calibration:
             if name in record.sums:
                 seen = record.sums.pop(name).finish()
                 if not bool(seen.moments.isfinite().all()):
-                    raise TaskError(f"the inputs of {name!r} in calibration are too large to be squared: scale them")
+                    raise TaskError(
+                        f"the inputs of {name!r} in calibration are too large to be squared: scale them down"
+                    )
                 content |= {"transposed": seen.transposed, "embedding": seen.embedding, "positions": seen.positions,
                             "uses": seen.uses}  # fmt: skip
                 tensors["moments"] = seen.moments
@@ -463,7 +465,9 @@ def calibrate(
     """
     network = observation.network
     if not observation.batches:
-        raise TaskError("calibration() gave no batch: give at least one, or leave calibration out")
+        raise TaskError(
+            "calibration() gave no batch, or none with a sample in it: give at least one, or leave calibration out"
+        )
     names = store.load(CALIBRATED)
     if names is None or any(store.load(network.entries[name]) is None for name in names):
         total = 2 * len(network.blocks)
