@@ -28,8 +28,9 @@ from factorpack import __version__
 from factorpack.container import Contents, make_folder, read, to_bytes
 from factorpack.errors import UnsupportedError
 from factorpack.factors import FactoredWeight
+from factorpack.nn.moments import KINDS, WeightStatistics
 from factorpack.nn.state import State
-from factorpack.nn.statistics import Sample, Statistics, WeightStatistics
+from factorpack.nn.statistics import Sample, Statistics
 from factorpack.pipeline import Source, one_thread
 from factorpack.search import Candidate, Options, Packed, Progress, Rung, pack, rates_of, resolved, rung
 from factorpack.store import Note, Store
@@ -120,10 +121,8 @@ def _save_statistics(store: Store, statistics: Statistics) -> None:
     tensors: dict[str, Tensor] = {f"fisher {name}": fisher for name, fisher in statistics.fisher.items()}
     weights = {}
     for name, seen in statistics.weights.items():
-        weights[name] = [seen.transposed, seen.embedding, seen.positions, seen.uses]
-        tensors[f"moments {name}"] = seen.moments
-        if seen.counts is not None:
-            tensors[f"counts {name}"] = seen.counts
+        weights[name], parts = seen.parts()
+        tensors |= {f"{kind} {name}": tensor for kind, tensor in parts.items()}
     samples = []
     for place, ((name, batch, use), sample) in enumerate(statistics.samples.items()):
         samples.append([name, batch, use, sample.scale])
@@ -146,10 +145,10 @@ def _load_statistics(store: Store) -> Statistics | None:
         return None
     tensors = load_file(store.path("statistics", ".safetensors"))
     weights = {
-        name: WeightStatistics(
-            tensors[f"moments {name}"], transposed, embedding, positions, uses, tensors.get(f"counts {name}")
+        name: WeightStatistics.of(
+            numbers, {kind: tensors[f"{kind} {name}"] for kind in KINDS if f"{kind} {name}" in tensors}
         )
-        for name, (transposed, embedding, positions, uses) in content["weights"].items()
+        for name, numbers in content["weights"].items()
     }
     samples = {
         (name, batch, use): Sample(tensors[f"chosen {place}"], scale)

@@ -203,8 +203,13 @@ def plot(curve: Curve) -> bytes:
     axes.set_ylabel(name.replace("$", r"\$"))
     axes.set_title(curve.task.replace("$", r"\$"))
     axes.legend(loc="lower right")
+    return png(figure)
+
+
+def png(figure: Any) -> bytes:
+    """A figure of matplotlib as a PNG, which does not tell the version that drew it."""
     out = BytesIO()
-    figure.savefig(out, format="png", dpi=DOTS_PER_INCH)
+    figure.savefig(out, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     return out.getvalue()
 
 

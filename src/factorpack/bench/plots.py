@@ -1,13 +1,12 @@
 """Size against score as a PNG."""
 
 from collections.abc import Sequence
-from io import BytesIO
 from typing import Any
 
 from factorpack.bench.looks import LOOKS, curves, floor
 from factorpack.bench.registry import PEERS
 from factorpack.bench.results import Results
-from factorpack.curve import DOTS_PER_INCH, size_axis
+from factorpack.curve import png, size_axis
 
 SIZES = "size of the file, or of the file in zstd where that is smaller"
 ORIGINAL = "original"
@@ -24,7 +23,7 @@ def plot(results: Results) -> bytes:
     _draw(axes, results, f"original, {results.original.scores[results.original.score]:.4g}")
     axes.set_xlabel(SIZES)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
-    return _png(figure)
+    return png(figure)
 
 
 def plot_all(tasks: Sequence[Results]) -> bytes:
@@ -43,7 +42,7 @@ def plot_all(tasks: Sequence[Results]) -> bytes:
     figure.legend(
         [named[name] for name in order], order, loc="outside lower center", ncols=4, frameon=False, fontsize=9
     )
-    return _png(figure)
+    return png(figure)
 
 
 def _figure(width: float, height: float) -> Any:
@@ -76,9 +75,3 @@ def _draw(axes: Any, results: Results, told: str) -> None:
     # Names may hold dollars, which matplotlib takes for mathematics.
     axes.set_ylabel(score.replace("$", r"\$"))
     axes.set_title(results.name.replace("$", r"\$"))
-
-
-def _png(figure: Any) -> bytes:
-    out = BytesIO()
-    figure.savefig(out, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
-    return out.getvalue()

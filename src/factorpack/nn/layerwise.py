@@ -12,11 +12,10 @@ Autograd leads from block to block and through what is around them, so that the 
 gradients of both uses are added, where there the gradients are. (Gradients from recomputed blocks: Chen et al. 2016.)
 """
 
-import copy
 import threading
-from collections import ChainMap, Counter, deque
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from ctypes import CDLL
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load_file, save, save_file
@@ -32,25 +31,26 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from factorpack._shapes import Float
-from factorpack.errors import FactorpackError, TaskError
-from factorpack.nn.lockstep import Pause, Run, running
+from factorpack.errors import TaskError
+from factorpack.nn.lockstep import Pause, Run, in_order, running
+from factorpack.nn.moments import Sums, WeightStatistics, add_sums
 from factorpack.nn.on_disk import NetworkOnDisk
 from factorpack.nn.statistics import (
     Observer,
-    Sums,
-    WeightStatistics,
+    alike,
     call_model,
     check_gradient,
     check_output,
+    of_batch,
     probe,
     tensors_of,
-)  # fmt: skip
+)
 from factorpack.nn.stored import pays_record
 from factorpack.tiling import Tiling
 
 FORWARDS, BACKWARDS = "forwards", "backwards"
 CALIBRATED, BEFORE = "calibrated", "before-"
-"""What the store calls the names of all tensors that are known of, and the gradients of what came to a block."""
+"""What the store calls that which is known of all tensors, and the gradients of what came to a block."""
 
 
 @runtime_checkable
@@ -77,6 +77,13 @@ class Observation:
     output: str
 
 
+class Known(NamedTuple):
+    """What there is of a tensor: whether a call `met` it as a weight, and whether a gradient `reached` it."""
+
+    met: bool
+    reached: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Seen:
     """What calibration says of a tensor: `statistics` of a weight, and the mean squared gradient a prediction.
@@ -100,13 +107,6 @@ class _Record:
     sums: dict[str, Sums] = field(default_factory=dict)
     energies: dict[str, Tensor] = field(default_factory=dict)
 
-    def take_sums(self, found: dict[str, Sums]) -> None:
-        for name, part in found.items():
-            if name in self.sums:
-                self.sums[name].merge(part)
-            else:
-                self.sums[name] = part
-
     def take_gradient(self, name: str, parameter: Tensor, sums: Mapping[str, Sums]) -> None:
         """Adds the squared gradient of a parameter, and clears it; `sums` say how its inputs reach it."""
         assert parameter.grad is not None
@@ -126,7 +126,7 @@ class _Record:
         return _Record(sums, {name: self.energies[name]} if name in self.energies else {})
 
     def take(self, other: "_Record") -> None:
-        self.take_sums(other.sums)
+        add_sums(self.sums, other.sums)
         for name, part in other.energies.items():
             self.energies[name] = self.energies[name] + part if name in self.energies else part
 
@@ -182,8 +182,8 @@ class _Calibration:
     predictions: int = 0
     outside: _Record = field(default_factory=_Record)
     """Of what is around the blocks, and of tensors that are used in several places."""
-    kept: list[str] = field(default_factory=list)
-    """Names of what is in the store."""
+    kept: "dict[str, Known]" = field(default_factory=dict)
+    """Of what is in the store."""
     taken: Counter[int] = field(default_factory=Counter)
     """In how many runs the gradient of a tensor around the blocks was taken, by its identity."""
     calls: dict[tuple[str, int], _Call] = field(default_factory=dict)
@@ -204,6 +204,7 @@ class _Calibration:
             for name, parameter in parameters.items():
                 parameter.requires_grad_(True)
                 parameter.register_post_accumulate_grad_hook(partial(self._taken, names[name]))
+            self.tensors = tensors_of(self.network.model)
             known = {id(parameter): names[name] for name, parameter in parameters.items()}
             observers = [Observer(known, at, self.generator) for at in range(len(self.batches))]
             works = [partial(self._work, at, observer) for at, observer in enumerate(observers)]
@@ -219,7 +220,7 @@ class _Calibration:
 
     def _drain(self, observers: Sequence[Observer]) -> None:
         for observer in observers:
-            self.outside.take_sums(observer.sums)
+            add_sums(self.outside.sums, observer.sums)
             observer.sums = {}
 
     def _called(self, block: str, *args: Any, **kwargs: Any) -> Any:
@@ -239,8 +240,7 @@ class _Calibration:
         """Of a tensor around the blocks: its gradient in the run of this thread, which then makes room for others."""
         observer: Observer = self.here.observer
         self.outside.take_gradient(name, parameter, ChainMap(observer.sums, self.outside.sums))
-        tensors = tensors_of(self.network.model)
-        check_gradient(name, self.outside.energies[name], tensors, self.batches[observer.batch])
+        check_gradient(name, self.outside.energies[name], self.tensors, self.batches[observer.batch])
         self.taken[id(parameter)] += 1
         if self.taken[id(parameter)] == len(self.batches):
             # A head is of no more use once all runs are back at the last block, and may be the largest of all weights.
@@ -251,7 +251,7 @@ class _Calibration:
         self.here.pause, self.here.observer = pause, observer
         with torch.enable_grad(), observer:
             out = call_model(self.network.model, self.batches[at])
-        check_output(out, tensors_of(self.network.model), self.batches[at])
+        check_output(out, self.tensors, self.batches[at])
         self.predictions += out.shape[:-1].numel()
         # A sum, so that nothing as large as the output is held while blocks are gone through.
         loss = (out * probe(out, self.observation.output, self.generator)).sum()
@@ -278,8 +278,7 @@ class _Calibration:
         with self.network.placed(module, self.network.parameters_of(block)):
             copies: SimpleQueue[nn.Module] = SimpleQueue()
             for _ in range(self.threads):
-                own = {id(parameter): nn.Parameter(parameter.detach()) for parameter in module.parameters()}
-                copies.put(copy.deepcopy(module, dict(own)))
+                copies.put(alike(module))
             yield copies
 
     def _file(self, block: str, at: int) -> Path:
@@ -294,7 +293,7 @@ class _Calibration:
             self.calls[block, at] = call
             module = copies.get()
             try:
-                with torch.no_grad(), _told(at):
+                with torch.no_grad(), of_batch(at):
                     args, kwargs = call.of(own)
                     return pytree.tree_flatten(module(*args, **kwargs))
             finally:
@@ -309,16 +308,15 @@ class _Calibration:
         """Gradients of what came to the block, by run; those of a pass that was stopped are in the store."""
         name = f"{BEFORE}{block}"
         counts = [len(self.calls[block, at].places) for at in range(len(asked))]
-        entries = self.store.load(name)
-        if entries is not None and all(self.store.load(self.network.entries[entry]) is not None for entry in entries):
-            self.kept += entries
+        if (known := _known(self.network, self.store, name)) is not None:
+            self.kept |= known
             held = load_file(self.store.path(name, ".safetensors"))
             found = [tuple(held[f"{at}.{place}"] for place in range(count)) for at, count in enumerate(counts)]
         else:
             record, found = _Record(), []
-            work = partial(self._back, block, asked)
+            work = partial(self._back, block, self.network.parameters_of(block), asked)
             with self._copies(block) as copies:
-                for part, gradients in _in_turn(pool, partial(work, copies), len(asked), self.threads):
+                for part, gradients in in_order(pool, partial(work, copies), range(len(asked)), self.threads):
                     record.take(part)
                     found.append(gradients)
                     # While the next one is made there is to be one less of them.
@@ -332,26 +330,26 @@ class _Calibration:
         return found
 
     def _back(
-        self, block: str, asked: Sequence[Any], copies: "SimpleQueue[nn.Module]", at: int
+        self, block: str, names: Mapping[str, str], asked: Sequence[Any], copies: "SimpleQueue[nn.Module]", at: int
     ) -> tuple[_Record, tuple[Tensor, ...]]:
         """One batch through the block again, and back: what it shows, and the gradients of what came to the block."""
-        names = self.network.parameters_of(block)
         held = load_file(self._file(block, at))
         inputs = [held[str(place)].requires_grad_(True) for place in range(len(held))]
         module = copies.get()
         # Two of them may be stored as one.
         parameters = [(names[name], parameter) for name, parameter in module.named_parameters()]
+        tensors = dict(parameters)
         generator = torch.Generator().manual_seed(self.seed + at)
         observer = Observer({id(parameter): name for name, parameter in parameters}, at, generator)
         record = _Record()
 
         def taken(name: str, parameter: Tensor) -> None:
             record.take_gradient(name, parameter, observer.sums)
-            check_gradient(name, record.energies[name], dict(parameters), self.batches[at])
+            check_gradient(name, record.energies[name], tensors, self.batches[at])
 
         handles = [parameter.register_post_accumulate_grad_hook(partial(taken, name)) for name, parameter in parameters]
         try:
-            with _told(at):
+            with of_batch(at):
                 with torch.enable_grad(), observer:
                     # Leaves could not be worked on in place.
                     args, kwargs = self.calls[block, at].of([tensor.clone() for tensor in inputs])
@@ -359,64 +357,32 @@ class _Calibration:
                 outputs = [leaf for leaf in leaves if _floating(leaf)]
                 pairs = [pair for pair in zip(outputs, asked[at], strict=True) if pair[0].requires_grad]
                 torch.autograd.backward([out for out, _ in pairs], [gradient for _, gradient in pairs])
-            record.take_sums(observer.sums)
+            add_sums(record.sums, observer.sums)
         finally:
             for handle in handles:
                 handle.remove()
             copies.put(module)
         return record, tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in inputs)
 
-    def _keep(self, record: _Record, later: frozenset[str] = frozenset()) -> list[str] | None:
+    def _keep(self, record: _Record, later: frozenset[str] = frozenset()) -> "dict[str, Known] | None":
         """Puts in the store what is known of tensors, each by itself, so that each can be read by itself.
 
-        Those `later` are left for the end. The names of the others; None where some were left.
+        Those `later` are left for the end. What is known of the others; None where some were left.
         """
         names = sorted(record.sums.keys() | record.energies.keys())
         for name in later.intersection(names):
             self.outside.take(record.part(name))
+        whole = {}
         for name in (name for name in names if name not in later):
-            content: dict[str, Any] = {"name": name}
-            tensors = {}
-            if name in record.energies:
-                tensors["energies"] = record.energies[name] / self.predictions
-            if name in record.sums:
-                seen = record.sums.pop(name).finish()
-                if not bool(seen.moments.isfinite().all()):
-                    raise TaskError(
-                        f"the inputs of {name!r} in calibration are too large to be squared: scale them down"
-                    )
-                content |= {"transposed": seen.transposed, "embedding": seen.embedding, "positions": seen.positions,
-                            "uses": seen.uses}  # fmt: skip
-                tensors["moments"] = seen.moments
-                if seen.counts is not None:
-                    tensors["counts"] = seen.counts
-            self.store.save(self.network.entries[name], content, {".safetensors": save(tensors)})
-            self.kept.append(name)
-        return None if later.intersection(names) else names
-
-
-@contextmanager
-def _told(at: int) -> Iterator[None]:
-    """TaskError, with the number of the batch, for whatever a block fails with."""
-    try:
-        yield
-    except FactorpackError as error:
-        raise TaskError(f"calibration batch {at + 1}: {error}") from error
-    except Exception as error:
-        raise TaskError(
-            f"calibration batch {at + 1}: the model failed on it: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _in_turn(pool: ThreadPoolExecutor, work: Callable[[int], Any], count: int, threads: int) -> Iterator[Any]:
-    """As `pool.map` over range(count), with as few results waiting as there are threads: each is large."""
-    begun: deque[Future[Any]] = deque()
-    for at in range(count):
-        if len(begun) == threads:
-            yield begun.popleft().result()
-        begun.append(pool.submit(work, at))
-    while begun:
-        yield begun.popleft().result()
+            squares = record.energies.get(name)
+            numbers, tensors = record.sums.pop(name).finish(name).parts() if name in record.sums else ([], {})
+            if squares is not None:
+                tensors["energies"] = squares / self.predictions
+            whole[name] = Known(bool(numbers), squares is not None and bool(squares.any()))
+            data = save({kind: tensor.contiguous() for kind, tensor in tensors.items()})
+            self.store.save(self.network.entries[name], numbers, {".safetensors": data})
+        self.kept |= whole
+        return None if later.intersection(names) else whole
 
 
 def _trim() -> None:
@@ -434,24 +400,26 @@ class StoredStatistics:
 
     network: NetworkOnDisk
     store: Keeper
-    names: frozenset[str]
+    known: Mapping[str, Known]
 
     def __getitem__(self, name: str) -> Seen | None:
         """None for a tensor that no gradient reached and no call used."""
         name = self.network.stored_name(name)
-        if name not in self.names:
+        if name not in self.known:
             return None
-        entry = self.network.entries[name]
-        if (content := self.store.load(entry)) is None:
-            raise TaskError(f"{self.store.path(entry, '.json')} was damaged meanwhile: start again")
-        tensors = load_file(self.store.path(entry, ".safetensors"))
-        seen = None
-        if "moments" in tensors:
-            seen = WeightStatistics(
-                tensors["moments"], content["transposed"], content["embedding"], content["positions"], content["uses"],
-                tensors.get("counts"),
-            )  # fmt: skip
-        return Seen(seen, tensors.get("energies"))
+        path = self.store.path(self.network.entries[name], ".safetensors")
+        if (numbers := self.store.load(path.stem)) is None:
+            raise TaskError(f"{path} was damaged meanwhile: start again")
+        tensors = load_file(path)
+        return Seen(WeightStatistics.of(numbers, tensors) if self.known[name].met else None, tensors.get("energies"))
+
+
+def _known(network: NetworkOnDisk, store: Keeper, name: str) -> dict[str, Known] | None:
+    """What the store has under `name`; None where something of it is not as it was written."""
+    found = store.load(name)
+    if found is None or any(store.load(network.entries[of]) is None for of in found):
+        return None
+    return {of: Known(*parts) for of, parts in found.items()}
 
 
 def calibrate(
@@ -468,8 +436,8 @@ def calibrate(
         raise TaskError(
             "calibration() gave no batch, or none with a sample in it: give at least one, or leave calibration out"
         )
-    names = store.load(CALIBRATED)
-    if names is None or any(store.load(network.entries[name]) is None for name in names):
+    known = _known(network, store, CALIBRATED)
+    if known is None:
         total = 2 * len(network.blocks)
         done = iter(range(1, total + 1))
         progress("calibration", 0, total)
@@ -478,10 +446,10 @@ def calibrate(
                 observation, seed, store, Path(folder), lambda: progress("calibration", next(done), total), threads
             )
             pass_.run()
-        names = pass_.kept
-        store.save(CALIBRATED, names)
+        known = pass_.kept
+        store.save(CALIBRATED, known)
     # Only a pass that is stopped needs them, and they take as much as all batches do at all blocks.
     for block in network.blocks:
         for suffix in (".json", ".safetensors"):
             store.path(f"{BEFORE}{block}", suffix).unlink(missing_ok=True)
-    return StoredStatistics(network, store, frozenset(names))
+    return StoredStatistics(network, store, known)

@@ -1,13 +1,17 @@
-"""Work that is done in lockstep: several runs, each on a thread of its own, that pause for one another."""
+"""Work on threads: in lockstep, as several runs that pause for one another, or in order with little waiting."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from factorpack.errors import FactorpackError, TaskError
 
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 Pause = Callable[[Any], Any]
 """Called by a run with what it waits for; gives what it was answered."""
 
@@ -84,3 +88,16 @@ def running(works: Sequence[Callable[[Pause], None]]) -> Iterator[list[Run]]:
     finally:
         for run in runs:
             run.stop()
+
+
+def in_order(
+    pool: ThreadPoolExecutor, work: Callable[[Item], Found], items: Iterable[Item], threads: int
+) -> Iterator[Found]:
+    """As `pool.map`, with at most as many parts begun or waiting as there are threads: for results that are large."""
+    begun: deque[Future[Found]] = deque()
+    for item in items:
+        if len(begun) == threads:
+            yield begun.popleft().result()
+        begun.append(pool.submit(work, item))
+    while begun:
+        yield begun.popleft().result()

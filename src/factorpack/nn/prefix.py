@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from factorpack.errors import UnsupportedError
 from factorpack.nn.loading import identity
-from factorpack.nn.lockstep import Pause, Run, running
+from factorpack.nn.lockstep import Pause, Run, in_order, running
 from factorpack.nn.statistics import Statistics, call_model
 from factorpack.nn.uses import Convolution, Dense, Names
 from factorpack.solve.layer import Met
@@ -157,7 +157,7 @@ class Prefix:
         sums = [(torch.zeros_like(seen), torch.zeros_like(seen)) for _ in range(2)]
         totals, positions = [0.0, 0.0], [0, 0]
         # Batch by batch in any order, added up in theirs: the sums do not depend on the number of threads.
-        parts = (part for part in pool.map(lambda at: self._part(name, *at), there) if part is not None)
+        parts = (p for p in in_order(pool, lambda at: self._part(name, *at), there, self.threads) if p is not None)
         for at, part in enumerate(parts):
             half = at % 2
             sums[half][0].add_(part[0])

@@ -16,9 +16,10 @@ from factorpack._shapes import Float, Float32
 from factorpack.errors import MismatchError, UnsupportedError
 from factorpack.nn.layerwise import Seen, StoredStatistics, energies
 from factorpack.nn.loading import identity, repeats_memory
+from factorpack.nn.moments import WeightStatistics
 from factorpack.nn.on_disk import NetworkOnDisk
 from factorpack.nn.prefix import Prefix
-from factorpack.nn.statistics import Statistics, WeightStatistics
+from factorpack.nn.statistics import Statistics
 from factorpack.nn.stored import StoredLayers, StoredTensors, pays_record
 from factorpack.solve.layer import Layer
 from factorpack.solve.objective import Metric
@@ -342,18 +343,18 @@ def read_on_disk(network: NetworkOnDisk, statistics: StoredStatistics, exclude: 
             exact[name] = _array(tensor)
         elif pays_record(tensor.shape) and name in parameters:
             shapes[name] = tuple(tensor.shape)
-            seen = statistics[name]
-            if seen is None or seen.statistics is None:
+            known = statistics.known.get(name)
+            if known is None or not known.met:
                 unseen.append(name)
-            if seen is None or seen.energies is None or not bool(seen.energies.any()):
+            if known is None or not known.reached:
                 unknown.append(name)
         else:
             seen = statistics[name]
             curvature = None if seen is None or seen.energies is None else _floats(seen.energies)
             small[name] = SmallTensor(_floats(tensor), curvature)
     # All others have to be read for that.
-    known = [name for name in shapes if name not in unknown] if unknown else []
-    powers = [_power(_known(name, network.tensors[name], statistics[name])) for name in known]
+    others = [name for name in shapes if name not in unknown] if unknown else []
+    powers = [_power(_known(name, network.tensors[name], statistics[name])) for name in others]
     typical = float(np.median(powers)) if powers else None
 
     def made(name: str) -> Layer:

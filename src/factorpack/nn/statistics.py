@@ -18,8 +18,9 @@ sum over its samples.
 import copy
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
@@ -31,6 +32,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from factorpack.errors import TaskError
+from factorpack.nn.lockstep import in_order
+from factorpack.nn.moments import Sums, WeightStatistics, add_sums
 from factorpack.nn.uses import Convolution, Dense, Names, bound
 
 ROWS_PER_CALL = 8192
@@ -50,23 +53,6 @@ class Sample:
 
 
 @dataclass(frozen=True, eq=False)
-class WeightStatistics:
-    """What one weight met: `moments` (g, n, n), the mean of x·xᵀ, and how its inputs reach it.
-
-    `transposed` says that inputs come first in the tensor (transposed convolutions, `x @ W`); `embedding`
-    that it is only looked up by row, its moments then being the identity, and `counts` (m,) tells how often each
-    row was. `positions` counts what entered the mean, `uses` the calls.
-    """
-
-    moments: Tensor
-    transposed: bool
-    embedding: bool
-    positions: float
-    uses: int
-    counts: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
 class Statistics:
     """Of a model: `weights` by parameter name, `fisher` (the parameter's shape) by parameter name.
 
@@ -79,60 +65,6 @@ class Statistics:
     fisher: dict[str, Tensor]
     predictions: int
     samples: dict[Place, Sample] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class Sums:
-    """Running sums of one weight: second moments over its dense uses; look-ups by row are only counted."""
-
-    groups: int
-    inputs: int
-    transposed: bool = False
-    uses: int = 0
-    counts: Tensor | None = None
-    moments: Tensor = field(init=False)
-    positions: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.moments = torch.zeros(self.groups, self.inputs, self.inputs)
-        self.positions = torch.zeros(self.groups)
-
-    def add(self, group: int, rows: Tensor, scale: float) -> None:
-        """Adds a group's inputs `rows` (P, n), each standing for `scale` positions."""
-        rows = rows.float()
-        squares = (rows.T @ rows).cpu()
-        self.moments[group] += squares if scale == 1 else scale * squares
-        self.positions[group] += scale * len(rows)
-
-    def merge(self, other: "Sums") -> None:
-        """Adds what a later batch met; nothing where that was in another layout."""
-        if (self.groups, self.inputs, self.transposed) != (other.groups, other.inputs, other.transposed):
-            return
-        self.moments += other.moments
-        self.positions += other.positions
-        self.uses += other.uses
-        if other.counts is not None:
-            self.counts = other.counts if self.counts is None else self.counts + other.counts
-
-    def finish(self) -> WeightStatistics:
-        """The means; a weight that is both looked up and multiplied gets both by their positions.
-
-        A look-up meets a one-hot input and hands the row on: its moment over the columns is the identity,
-        brought to the level of the dense uses.
-        """
-        identity = torch.eye(self.inputs).expand(self.groups, -1, -1)
-        total = float(self.positions.max())
-        lookups = 0.0 if self.counts is None else float(self.counts.sum())
-        if not total:
-            return WeightStatistics(
-                identity.clone(), self.transposed, lookups > 0, lookups, self.uses, self.counts if lookups else None
-            )
-        moments = self.moments / self.positions.clamp_min(1)[:, None, None]
-        if lookups:
-            share = lookups / (lookups + total)
-            level = moments.diagonal(dim1=-2, dim2=-1).mean()
-            moments = (1 - share) * moments + share * level * identity
-        return WeightStatistics(moments, self.transposed, False, total + lookups, self.uses)
 
 
 TRANSPOSED_CONVOLUTIONS = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
@@ -363,6 +295,18 @@ def check_gradient(name: str, gradient: Tensor, tensors: Mapping[str, Tensor], b
         raise TaskError(f"the gradient of {name!r} is not finite; {_why_not_finite(tensors, batch)}")
 
 
+@contextmanager
+def of_batch(number: int) -> Iterator[None]:
+    """TaskError, with the number of the batch, for whatever a network fails with."""
+    try:
+        yield
+    except TaskError as error:
+        raise TaskError(f"calibration batch {number + 1}: {error}") from error
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+        raise TaskError(f"calibration batch {number + 1}: the model failed on it: {told}") from error
+
+
 class _Turns:
     """Hands the generator from batch to batch, in their order: draws are those of one batch after another."""
 
@@ -405,12 +349,8 @@ class _Pass:
         """Raises TaskError, with the number of the batch, where the model fails on it or something is not finite."""
         model = self.models.get()
         try:
-            return self._seen(model, number, batch)
-        except TaskError as error:
-            raise TaskError(f"calibration batch {number + 1}: {error}") from error
-        except Exception as error:
-            told = f"{type(error).__name__}: {error}"
-            raise TaskError(f"calibration batch {number + 1}: the model failed on it: {told}") from error
+            with of_batch(number):
+                return self._seen(model, number, batch)
         finally:
             self.turns.end(number)
             self.models.put(model)
@@ -436,7 +376,7 @@ class _Pass:
         return _Seen(observer.sums, observer.samples, squares, out.shape[:-1].numel())
 
 
-def _alike(model: nn.Module) -> nn.Module:
+def alike(model: nn.Module) -> nn.Module:
     """A copy over the same values whose parameters have gradients of their own."""
     own = {id(parameter): nn.Parameter(parameter.detach()) for parameter in model.parameters()}
     return copy.deepcopy(model, dict(own))
@@ -462,21 +402,17 @@ def collect(
     try:
         model.eval().requires_grad_(True).zero_grad()
         models: SimpleQueue[nn.Module] = SimpleQueue()
-        for own in (model, *(_alike(model) for _ in range(threads - 1))):
+        for own in (model, *(alike(model) for _ in range(threads - 1))):
             models.put(own)
         observed = _Pass(models, output, torch.Generator().manual_seed(seed))
         with ThreadPoolExecutor(threads) as pool:
             # Batches may end in any order; they are added up in theirs.
-            for one in pool.map(lambda at: observed.seen(*at), enumerate(batches)):
+            for one in in_order(pool, lambda at: observed.seen(*at), enumerate(batches), threads):
                 predictions += one.predictions
                 samples |= one.samples
                 for name, squares in one.squares.items():
                     fisher[name].add_(squares)
-                for name, part in one.sums.items():
-                    if name in sums:
-                        sums[name].merge(part)
-                    else:
-                        sums[name] = part
+                add_sums(sums, one.sums)
                 progress()
     finally:
         for module in training:
@@ -488,9 +424,6 @@ def collect(
         raise TaskError(
             "calibration() gave no batch, or none with a sample in it: give at least one, or leave calibration out"
         )
-    weights = {name: found.finish() for name, found in sums.items()}
-    for name, seen in weights.items():
-        if not bool(seen.moments.isfinite().all()):
-            raise TaskError(f"the inputs of {name!r} in calibration are too large to be squared: scale them down")
+    weights = {name: found.finish(name) for name, found in sums.items()}
     fisher = {name: f / predictions for name, f in fisher.items()}
     return Statistics(weights, fisher, predictions, samples)
