@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from factorpack._shapes import Float, Float32
 from factorpack.errors import MismatchError, UnsupportedError
-from factorpack.nn.layerwise import Seen, StoredStatistics, energies
+from factorpack.nn.layerwise import StoredStatistics, energies
 from factorpack.nn.loading import identity, repeats_memory
 from factorpack.nn.moments import WeightStatistics
 from factorpack.nn.on_disk import NetworkOnDisk
@@ -168,15 +169,28 @@ def _power(layer: Layer) -> float:
     return 0.5 * float((matrix * layer.metric.apply(matrix)).sum())
 
 
-def _relative(tensor: Tensor, power: float) -> Metric:
-    """Without data: the loss of a tensor is its relative squared error, times `power`."""
+def _measured(name: str, tensor: Tensor, seen: WeightStatistics | None, entries: Float[Tensor, " m"]) -> Layer:
+    """A layer in the metric that calibration gave it; `entries` as for `_metric`."""
+    tiling = _tiling(tensor, seen)
+    metric = _metric(tiling, seen, entries)
+    return Layer(name, _floats(tensor), tiling, metric, seen is not None and seen.embedding)
+
+
+def _relative(name: str, tensor: Tensor, power: float | None = None) -> Layer:
+    """A layer without data: its loss is the tensor's relative squared error, times `power` or its entries' number."""
     energy = float(tensor.detach().float().square().sum())
-    return Metric(None, torch.full((tensor.shape[0],), 2 * power / max(energy, 1e-30)))
+    weight = 2 * (tensor.numel() if power is None else power) / max(energy, 1e-30)
+    metric = Metric(None, torch.full((tensor.shape[0],), weight))
+    return Layer(name, _floats(tensor), Tiling(tuple(tensor.shape)), metric, False)
 
 
 def own_bytes(shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, str]) -> int:
     """Bytes of tensors of these shapes in their own dtypes."""
     return sum(math.prod(shape) * getattr(torch, dtypes[name]).itemsize for name, shape in shapes.items())
+
+
+def _refuse_small(name: str, dtype: str) -> NoReturn:
+    raise UnsupportedError(f"{name!r} is {dtype}, which is small already: cast it to bfloat16 first")
 
 
 def check_values(tensors: Mapping[str, object]) -> None:
@@ -192,7 +206,7 @@ def check_values(tensors: Mapping[str, object]) -> None:
         if repeats_memory(tensor):
             raise UnsupportedError(f"{name!r} repeats its memory, which no file can be loaded into: clone() it first")
         if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
-            raise UnsupportedError(f"{name!r} is {tensor.dtype}, which is small already: cast it to bfloat16 first")
+            _refuse_small(name, str(tensor.dtype))
 
 
 def _check_patterns(names: Iterable[str], exclude: Sequence[str]) -> None:
@@ -263,15 +277,13 @@ def read_state(
         if statistics is not None and seen is None:
             unseen.append(name)
         if known is not None and bool(known.any()):
-            tiling = _tiling(tensor, seen)
-            metric = _metric(tiling, seen, energies(known.detach().cpu().float(), tiling))
-            layers[name] = Layer(name, _floats(tensor), tiling, metric, seen is not None and seen.embedding)
+            squares = known.detach().cpu().float()
+            layers[name] = _measured(name, tensor, seen, energies(squares, _tiling(tensor, seen)))
     # A layer that nothing is known of counts as much as the others do in the middle.
     typical = float(np.median([_power(layer) for layer in layers.values()])) if layers else None
     for name, tensor in pending.items():
         if name not in layers:
-            power = float(tensor.numel()) if typical is None else typical
-            layers[name] = Layer(name, _floats(tensor), Tiling(tuple(tensor.shape)), _relative(tensor, power), False)
+            layers[name] = _relative(name, tensor, typical)
     return State(
         {name: layers[name] for name in pending},
         small,
@@ -302,12 +314,7 @@ def read_stored(tensors: StoredTensors, exclude: Sequence[str] = ()) -> State:
         else:
             small[name] = SmallTensor(_floats(tensor), None)
 
-    def made(name: str) -> Layer:
-        tensor = tensors[name]
-        metric = _relative(tensor, float(tensor.numel()))
-        return Layer(name, _floats(tensor), Tiling(tuple(tensor.shape)), metric, False)
-
-    return State(StoredLayers(shapes, made), small, exact, {}, dtypes, ())
+    return State(StoredLayers(shapes, lambda name: _relative(name, tensors[name])), small, exact, {}, dtypes, ())
 
 
 def check_on_disk(network: NetworkOnDisk, exclude: Sequence[str]) -> None:
@@ -315,7 +322,7 @@ def check_on_disk(network: NetworkOnDisk, exclude: Sequence[str]) -> None:
     _check_patterns(list(network.model.state_dict()), exclude)
     for name, stored in network.tensors.formats.items():
         if stored.startswith("F8"):
-            raise UnsupportedError(f"{name!r} is {stored}, which is small already: cast it to bfloat16 first")
+            _refuse_small(name, stored)
 
 
 def read_on_disk(network: NetworkOnDisk, statistics: StoredStatistics, exclude: Sequence[str] = ()) -> State:
@@ -352,27 +359,19 @@ def read_on_disk(network: NetworkOnDisk, statistics: StoredStatistics, exclude: 
             seen = statistics[name]
             curvature = None if seen is None or seen.energies is None else _floats(seen.energies)
             small[name] = SmallTensor(_floats(tensor), curvature)
+
+    def measured(name: str) -> Layer:
+        seen = statistics[name]
+        assert seen is not None
+        assert seen.energies is not None
+        return _measured(name, network.tensors[name], seen.statistics, seen.energies)
+
     # All others have to be read for that.
-    others = [name for name in shapes if name not in unknown] if unknown else []
-    powers = [_power(_known(name, network.tensors[name], statistics[name])) for name in others]
+    powers = [_power(measured(name)) for name in shapes if name not in unknown] if unknown else []
     typical = float(np.median(powers)) if powers else None
 
     def made(name: str) -> Layer:
-        tensor = network.tensors[name]
-        if name not in unknown:
-            return _known(name, tensor, statistics[name])
-        power = float(tensor.numel()) if typical is None else typical
-        return Layer(name, _floats(tensor), Tiling(tuple(tensor.shape)), _relative(tensor, power), False)
+        return _relative(name, network.tensors[name], typical) if name in unknown else measured(name)
 
     aliases = {name: owner for name, owner in network.tied.items() if name in dtypes}
     return State(StoredLayers(shapes, made), small, exact, aliases, dtypes, tuple(unseen), large_moments=True)
-
-
-def _known(name: str, tensor: Tensor, seen: Seen | None) -> Layer:
-    """A layer in the metric that calibration gave it."""
-    assert seen is not None
-    assert seen.energies is not None
-    tiling = _tiling(tensor, seen.statistics)
-    metric = _metric(tiling, seen.statistics, seen.energies)
-    embedding = seen.statistics is not None and seen.statistics.embedding
-    return Layer(name, _floats(tensor), tiling, metric, embedding)
