@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from factorpack.container import Contents, File, make_folder, read, write
 from factorpack.errors import BudgetError, TaskError, UnsupportedError
 from factorpack.nn.control import RateController
-from factorpack.nn.lessons import Course, batches_in, exchanged, hold_out
+from factorpack.nn.lessons import Course, batches_in, exchanged, hold_out, to_measure_on
 from factorpack.nn.loading import identity, place_dense
+from factorpack.nn.norms import Norms
 from factorpack.nn.prefix import copy_of
 from factorpack.nn.statistics import call_model
 from factorpack.nn.trainable import TrainableModel
@@ -103,11 +104,14 @@ def accelerator_for(options: TrainingOptions) -> "Accelerator":
 
 
 def _precision(cpu: bool) -> str:
-    """Half precision where the processor multiplies it natively: bf16, or fp16 on GPUs without."""
+    """Half precision where it is faster: bf16 on GPUs that multiply it, or fp16, and on processors with tiles for it.
+
+    Processors that have but dot products of bf16 (avx512_bf16) take longer for it than for float32.
+    """
     if not cpu:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     told: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16" if told.get("avx512_bf16") or told.get("amx_bf16") else "no"
+    return "bf16" if told.get("amx_bf16") else "no"
 
 
 @dataclass
@@ -167,6 +171,8 @@ class Run:
         if options.epochs is not None:
             self.steps = math.ceil(options.epochs * batches_in(lessons.training) / processes)
         self.layout = self._layout()
+        self.measured = to_measure_on(lessons.training, held)
+        self.norms = Norms(compressed, self._call_measured)
         self.state = State()
         self.complete = False
         self.losses: list[float] = []
@@ -205,6 +211,20 @@ class Run:
         moved = part.to(self.accelerator.device, non_blocking=True)
         return moved.contiguous(memory_format=layout) if part.ndim == 4 and part.is_floating_point() else moved
 
+    def _call_measured(self) -> None:
+        """Calls the network in training on the lessons that moments are measured on."""
+        for batch in self.measured:
+            call_model(self.compressed, self._moved(batch, self.layout))
+
+    def _shared(self, values: Tensor) -> Tensor:
+        """The main process' values, in all processes."""
+        if self.accelerator.num_processes == 1:
+            return values
+        from accelerate.utils import broadcast
+
+        shared: Tensor = broadcast(values)
+        return shared
+
     # --- the loop -------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
@@ -237,11 +257,7 @@ class Run:
     def _take_time(self) -> None:
         """Reads the clock; all processes go by that of the main one, so that they stop together."""
         told = torch.tensor([self._elapsed(), self._judging], dtype=torch.float32, device=self.accelerator.device)
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast
-
-            told = broadcast(told)
-        self._now, self._reserve = told.tolist()
+        self._now, self._reserve = self._shared(told).tolist()
 
     def _done(self) -> float:
         """The part of the training that is over."""
@@ -313,6 +329,8 @@ class Run:
         """The loss of the file as it would be now, on what is held out; the best is written to `out`."""
         state, began = self.state, time.perf_counter()
         state.judged = math.floor(self._done() * JUDGEMENTS)
+        if state.step:
+            self.norms.settle(self._shared)
         data, contents = written(self.compressed)
         # Small tensors and bases take other bytes than before, by little.
         self.rest = len(data) - self.compressed.coded_bytes()
@@ -381,7 +399,7 @@ class Run:
             "key": self._key, "state": asdict(self.state) | {"seconds": self._elapsed()},
             "place": [self.course.epoch, self.course.place], "controller": asdict(self.controller),
             "rest": self.rest, "usual": self.clipper.usual, "latents": self.compressed.latents.state_dict(),
-            "optimiser": self.optimiser.state_dict(), "log": self._logged,
+            "optimiser": self.optimiser.state_dict(), "norms": self.norms.state(), "log": self._logged,
         }  # fmt: skip
         data = io.BytesIO()
         torch.save(kept, data)
@@ -392,13 +410,14 @@ class Run:
             kept = torch.load(self._kept, map_location=self.accelerator.device, weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise UnsupportedError(f"{self._kept} cannot be read ({error}): start again without --resume") from error
-        if kept.get("key") != self._key or "log" not in kept:
+        if kept.get("key") != self._key or "norms" not in kept:
             raise UnsupportedError(
                 f"{self._kept} is of another file, of other options or of another version: give those that it was "
                 f"begun with, or start again without --resume"
             )
         self.compressed.latents.load_state_dict(kept["latents"])
         self.optimiser.load_state_dict(kept["optimiser"])
+        self.norms.take_up(kept["norms"])
         self.state = State(**kept["state"])
         self.course.epoch, self.course.place = kept["place"]
         self.controller = RateController(**kept["controller"])

@@ -304,12 +304,31 @@ class TrainableVector(nn.Module):
 
     def forward(self) -> Float[Tensor, "..."]:
         """The tensor, in its own shape."""
-        first, levels = self._first, _through(self.levels)
-        if first.logarithmic:
-            values = torch.exp2(levels * (first.exponent / STEPS_PER_OCTAVE))
+        return self._values(_through(self.levels))
+
+    def unrounded(self) -> Float[Tensor, "..."]:
+        """As it would be if its latents were not rounded."""
+        return self._values(self.levels)
+
+    def _values(self, levels: Tensor) -> Tensor:
+        if self._first.logarithmic:
+            values = torch.exp2(levels * (self._first.exponent / STEPS_PER_OCTAVE))
         else:
-            values = levels * float(steps_of(np.array(first.exponent, np.int32)))
-        return values.reshape(first.shape)
+            values = levels * self._step
+        return values.reshape(self._first.shape)
+
+    @property
+    def _step(self) -> float:
+        return float(steps_of(np.array(self._first.exponent, np.int32)))
+
+    @torch.no_grad()
+    def set_values(self, values: Float[Tensor, "..."]) -> None:
+        """Takes the latents to these values; on a logarithmic scale they are positive."""
+        if self._first.logarithmic:
+            levels = torch.log2(values) * (STEPS_PER_OCTAVE / self._first.exponent)
+        else:
+            levels = values / self._step
+        self.levels.copy_(levels.reshape(self.levels.shape))
 
     def factored(self) -> FactoredVector:
         """The small tensor at rest."""
