@@ -56,10 +56,18 @@ def fixed_steps(run: Run) -> None:
             latent.octaves.requires_grad_(False)
 
 
+def norms_of_the_file(run: Run) -> None:
+    """Batch norms are the two numbers a channel that the file has, and these are trained alone."""
+    for norm in run.norms.placed.values():
+        norm.forward = norm.as_in_file  # type: ignore[method-assign]
+    run.norms.placed.clear()
+
+
 VARIANTS: dict[str, tuple[dict[str, Any], Callable[[Run], None]]] = {
     "all of it": ({}, as_it_is),
     "plain straight-through, fixed steps and masks": ({}, plain),
     "fixed steps": ({}, fixed_steps),
+    "batch norms as in the file": ({}, norms_of_the_file),
     "outputs alone, without features": ({"features": 0.0}, as_it_is),
     "squares of logits": ({"compare": "squares"}, as_it_is),
     "orthogonality 0.1": ({"orthogonality": 0.1}, as_it_is),

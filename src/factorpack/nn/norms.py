@@ -47,13 +47,18 @@ class NormByBatch(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """As the batch norm with moments `mean` and `variance`, had the inputs these; small inputs as in the file."""
-        slope = self.weight * self.slope
         if not _enough(inputs):
-            bias = self.bias - slope * self.shift
-            return F.batch_norm(inputs, torch.zeros_like(slope), torch.ones_like(slope), slope, bias, eps=0.0)
+            return self.as_in_file(inputs)
+        slope = self.weight * self.slope
         deviation = (self.variance + self.eps).sqrt()
         bias = self.bias + slope * (self.mean - self.shift)
         return F.batch_norm(inputs, None, None, slope * deviation, bias, training=True, eps=self.eps)
+
+    def as_in_file(self, inputs: Tensor) -> Tensor:
+        """As the batch norm that it stands for."""
+        slope = self.weight * self.slope
+        nothing, one = torch.zeros_like(slope), torch.ones_like(slope)
+        return F.batch_norm(inputs, nothing, one, slope, self.bias - slope * self.shift, eps=0.0)
 
 
 def _enough(inputs: Tensor) -> bool:

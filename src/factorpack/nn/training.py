@@ -66,7 +66,7 @@ class Learner(nn.Module):
         self.objective = objective
 
     def train(self, mode: bool = True) -> "Learner":
-        """Both networks stay in eval mode: they are to agree there."""
+        """Both networks stay in eval mode: they are to agree there. (Batch norms: `nn.norms`.)"""
         self.training = mode
         return self
 
