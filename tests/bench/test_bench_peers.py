@@ -56,7 +56,7 @@ def test_what_an_analysis_took_is_counted_for_each_of_its_files(digits_task, tmp
     monkeypatch.setattr(factorpack.cache, "rates_of", lambda state: rates_of(state)[2:7:4])
     task = load_task(str(digits_task.path))
     first, second = (
-        protocol.encode_once(task, script.encode, tmp_path / ratio, f"direct/{ratio}", tmp_path / "work")
+        protocol.encode_once(task, script.encode, tmp_path / ratio, f"auto/{ratio}", tmp_path / "work")
         for ratio in ("5", "8")
     )
     assert second["bytes"] < first["bytes"]
@@ -64,10 +64,20 @@ def test_what_an_analysis_took_is_counted_for_each_of_its_files(digits_task, tmp
     assert scored["scores"]["accuracy"] == pytest.approx(digits_task.scores["accuracy"], abs=2)
     assert second["encode_seconds"] > 0.5 * first["encode_seconds"]
     # One that was stopped is made anew, as nobody knows what it took.
-    (tmp_path / "work" / "direct" / "spent.json").unlink()
-    again = protocol.encode_once(task, script.encode, tmp_path / "again", "direct/5", tmp_path / "work")
+    (tmp_path / "work" / "auto" / "spent.json").unlink()
+    again = protocol.encode_once(task, script.encode, tmp_path / "again", "auto/5", tmp_path / "work")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "5").read_bytes()
     assert again["encode_seconds"] > 0.3 * first["encode_seconds"]
+
+
+def test_other_forms_are_searched_for_without_an_analysis(digits_task, tmp_path):
+    from factorpack.bench.peers import factorpack as script
+
+    task = load_task(str(digits_task.path))
+    encoded = protocol.encode_once(task, script.encode, tmp_path / "file", "direct/8", tmp_path / "work")
+    assert not list(tmp_path.rglob("spent.json"))
+    dense = sum(tensor.nbytes for tensor in task.model().state_dict().values())
+    assert encoded["bytes"] == pytest.approx(dense / 8, rel=0.03)
 
 
 def test_values_that_a_file_lacks_are_not_taken_from_the_original(digits_network):

@@ -1,7 +1,8 @@
-"""Factorpack itself, with its own forms; sizes of one form share an analysis, as those of `factorpack curve` do.
+"""Factorpack itself, with its own forms.
 
-A setting is FORM/RATIO, times smaller than the original tensors. What is said to be spent on a file is what making it
-alone takes: all of the analysis and the file itself. Form vq has no analysis.
+A setting is FORM/RATIO, times smaller than the original tensors. Sizes of form "auto" share an analysis, as those of
+`factorpack curve` do; what is said to be spent on one of its files is what making it alone takes: all of the analysis
+and the file itself. The other forms have too few sizes for an analysis of all λ to pay: each size is searched for.
 """
 
 import json
@@ -23,7 +24,7 @@ def encode(subject: Subject, setting: str, path: Path) -> Encoded:
     form, ratio = setting.split("/")
     options = Options(form)
     source = Source(subject.model, subject.batches or None, subject.output)
-    if form == "vq":
+    if form != "auto":
         with one_thread():
             state = source.state(options)
             write(path, pack(state, int(dense_bytes(state) / float(ratio)), options, silent).data)
