@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,7 +172,6 @@ class Run:
         if options.epochs is not None:
             self.steps = math.ceil(options.epochs * batches_in(lessons.training) / processes)
         self.layout = self._layout()
-        self.measured = to_measure_on(lessons.training, held)
         self.norms = Norms(compressed, self._call_measured)
         self.state = State()
         self.complete = False
@@ -211,9 +211,14 @@ class Run:
         moved = part.to(self.accelerator.device, non_blocking=True)
         return moved.contiguous(memory_format=layout) if part.ndim == 4 and part.is_floating_point() else moved
 
+    @cached_property
+    def _measured(self) -> list[Any]:
+        """What moments are measured on; not asked for where there are no batch norms."""
+        return to_measure_on(self.lessons.training, self.course.held)
+
     def _call_measured(self) -> None:
-        """Calls the network in training on the lessons that moments are measured on."""
-        for batch in self.measured:
+        """Calls the network in training on that."""
+        for batch in self._measured:
             call_model(self.compressed, self._moved(batch, self.layout))
 
     def _shared(self, values: Tensor) -> Tensor:
