@@ -58,9 +58,7 @@ def fixed_steps(run: Run) -> None:
 
 def norms_of_the_file(run: Run) -> None:
     """Batch norms are the two numbers a channel that the file has, and these are trained alone."""
-    for norm in run.norms.placed.values():
-        norm.forward = norm.as_in_file  # type: ignore[method-assign]
-    run.norms.placed.clear()
+    run.norms.leave()
 
 
 VARIANTS: dict[str, tuple[dict[str, Any], Callable[[Run], None]]] = {

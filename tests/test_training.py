@@ -22,7 +22,7 @@ import factorpack
 from factorpack.errors import BudgetError, TaskError, UnsupportedError
 from factorpack.search import Options
 from factorpack.task import Task, load_task
-from factorpack.training import finetune
+from factorpack.training import Run, finetune
 from factorpack.training_options import Lessons, TrainingOptions
 
 COMMAND = "from factorpack.cli import main; main()"
@@ -98,6 +98,19 @@ def test_bits_move_until_another_size_is_met(task: Task, file: Path, tmp_path: P
     ]
     half = len(codes) // 2
     assert sum(codes[half:]) < sum(codes[:half])
+
+
+@pytest.mark.parametrize(("cost", "by_batch"), [(0.1, 2), (-1.0, 0)])
+def test_norms_stay_as_in_the_file_where_moments_cost_more(
+    task: Task, file: Path, tmp_path: Path, monkeypatch, cost: float, by_batch: int
+) -> None:
+    monkeypatch.setattr("factorpack.training.MOMENTS_COST", cost)
+    run = Run(task.model(), file, tmp_path / "out.fpk", Lessons(task.training), TrainingOptions(steps=1))
+    # The last norm has too few values a channel in a batch.
+    assert len(run.norms.placed) == by_batch
+    for name, latent in factorpack.trainable(Network(), file).trained().items():
+        for mine, theirs in zip(run.compressed.trained()[name].parameters(), latent.parameters(), strict=True):
+            assert torch.equal(mine, theirs), name
 
 
 def test_zeros_wake_up_and_codes_change(task: Task, file: Path, tmp_path: Path) -> None:

@@ -50,6 +50,8 @@ LOOK, CODES_A_STEP = 10, 1_000_000
 """Training steps from one look at the coder's tables, and the size, to the next; more where codes are many."""
 FRESH = 5
 """Training steps from one look at the slopes of the codes' bits to the next."""
+MOMENTS_COST = 0.1
+"""Part of the held-out loss that batch norms with moments of other lessons may add before training."""
 JUDGEMENTS = 20
 """So often in a training is the network judged on what is held out."""
 
@@ -173,6 +175,7 @@ class Run:
             self.steps = math.ceil(options.epochs * batches_in(lessons.training) / processes)
         self.layout = self._layout()
         self.norms = Norms(compressed, self._call_measured)
+        self._leave_norms_where_moments_cost()
         self.state = State()
         self.complete = False
         self.losses: list[float] = []
@@ -215,6 +218,25 @@ class Run:
     def _measured(self) -> list[Any]:
         """What moments are measured on; not asked for where there are no batch norms."""
         return to_measure_on(self.lessons.training, self.course.held)
+
+    def _leave_norms_where_moments_cost(self) -> None:
+        """Leaves batch norms as the file has them where moments of other lessons cost more than `MOMENTS_COST`.
+
+        A network that has lost little then learns more with moments that do not depend on a sample.
+        """
+        if not self.norms.placed:
+            return
+        state, before = self.norms.state(), self.compressed.latents.state_dict()
+        kept = {name: tensor.clone() for name, tensor in before.items()}
+        known = self._held_loss(written(self.compressed)[1])
+        self._measured = to_measure_on(self.lessons.training, self.course.held, 2)
+        self.norms.settle(self._shared)
+        loss = self._held_loss(written(self.compressed)[1])
+        del self._measured
+        self.compressed.latents.load_state_dict(kept)
+        self.norms.take_up(state)
+        if self._shared(torch.tensor([loss - (1 + MOMENTS_COST) * known])).item() > 0:
+            self.norms.leave()
 
     def _call_measured(self) -> None:
         """Calls the network in training on that."""

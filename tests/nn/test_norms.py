@@ -86,6 +86,16 @@ def test_small_batches_go_by_the_file(contents: Contents) -> None:
     torch.testing.assert_close(model(BATCH[:2]), before, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_norms_that_are_left_are_those_of_the_file(contents: Contents) -> None:
+    model = trainable_of(Network(), contents)
+    before = model(BATCH[:150])
+    norms = Norms(model, measured(model))
+    norms.leave()
+    torch.testing.assert_close(model(BATCH[:150]), before, rtol=1e-4, atol=1e-4)
+    assert not norms.placed
+
+
 def test_a_silent_channel_can_wake_up(contents: Contents) -> None:
     model = trainable_of(Network(), contents)
     latent = model.trained()["convolutions.0.weight"]

@@ -21,8 +21,8 @@ MOST_HELD = 16
 HELD_EPOCH = 1_000_003
 """What is held out is drawn from an epoch that training does not come to. Samples of epoch 0 are often those that
 calibration drew with the same seed: compression knows them already, and they judge a file too kindly."""
-MEASURED = 8
-"""Batches that the moments of batch norms are measured on, of the epoch after that."""
+MEASURED = 32
+"""Batches that the moments of batch norms are measured on, of the epochs after that."""
 EXCHANGED = 0.3
 """Of the tokens of a batch so many at most are exchanged for others where the original network says what is right."""
 TOKENS = "input_ids"
@@ -153,9 +153,9 @@ def hold_out(training: Training) -> Held:
     return Held(lessons, frozenset(found for batch, _ in lessons for found in _fingerprints(batch)))
 
 
-def to_measure_on(training: Training, held: Held) -> list[Any]:
-    """The first `MEASURED` batches of the epoch after the one that is held out, less what is."""
-    lessons = (held.without(lesson) for lesson in _epoch(training, HELD_EPOCH + 1))
+def to_measure_on(training: Training, held: Held, sample: int = 1) -> list[Any]:
+    """The first `MEASURED` batches of the `sample`-th epoch after the one that is held out, less what is."""
+    lessons = (held.without(lesson) for lesson in _epoch(training, HELD_EPOCH + sample))
     return [lesson[0] for lesson in islice((lesson for lesson in lessons if lesson), MEASURED)]
 
 

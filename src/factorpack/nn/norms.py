@@ -43,11 +43,12 @@ class NormByBatch(nn.Module):
         self.register_buffer("slope", (norm.running_var + norm.eps).rsqrt())
         self.register_buffer("mean", mean)
         self.register_buffer("variance", variance)
+        self.by_batch = True
         self.eps = max(norm.eps, FLOOR * float(variance.mean()))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """As the batch norm with moments `mean` and `variance`, had the inputs these; small inputs as in the file."""
-        if not _enough(inputs):
+        if not (self.by_batch and _enough(inputs)):
             return self.as_in_file(inputs)
         slope = self.weight * self.slope
         deviation = (self.variance + self.eps).sqrt()
@@ -107,7 +108,11 @@ class Norms:
         for name, module in plain.items():
             if len(moments[name]) != calls or not moments[name]:
                 continue
-            placed = self.placed[name] = NormByBatch(module, *_pooled(moments[name]))
+            pooled = torch.stack(_pooled(moments[name]))
+            if not bool(pooled.isfinite().all()):
+                # Of lessons that training will refuse.
+                continue
+            placed = self.placed[name] = NormByBatch(module, *pooled.unbind(0))
             parent, _, leaf = name.rpartition(".")
             setattr(network.get_submodule(parent), leaf, placed)
 
@@ -144,7 +149,10 @@ class Norms:
         """
         seen, _ = self._moments_of(self.placed)
         for name, placed in self.placed.items():
-            mean, variance = shared(torch.stack(_pooled(seen[name]))).unbind(0)
+            pooled = shared(torch.stack(_pooled(seen[name])))
+            if not bool(pooled.isfinite().all()):
+                continue
+            mean, variance = pooled.unbind(0)
             weight, bias = (self._latents[f"{name}.{part}"] for part in ("weight", "bias"))
             slope = weight.unrounded() * placed.slope
             factor = ((placed.variance + placed.eps) / (variance + placed.eps)).sqrt()
@@ -152,6 +160,12 @@ class Norms:
             bias.set_values(moved - slope * factor * (mean - placed.shift))
             weight.set_values(weight.unrounded() * factor)
             placed.mean, placed.variance = mean, variance
+
+    def leave(self) -> None:
+        """Takes the batch norms back to what the file has."""
+        for placed in self.placed.values():
+            placed.by_batch = False
+        self.placed.clear()
 
     def state(self) -> dict[str, Tensor]:
         """The moments that w and b go with."""
