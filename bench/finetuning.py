@@ -57,7 +57,7 @@ def fixed_steps(run: Run) -> None:
 
 
 def norms_of_the_file(run: Run) -> None:
-    """Batch norms are the two numbers a channel that the file has, and these are trained alone."""
+    """Batch norms are the two numbers a channel that the file has."""
     run.norms.leave()
 
 

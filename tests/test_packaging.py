@@ -17,7 +17,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 MODULES = {"pillow": "PIL", "onnx-ir": "onnx_ir", "scikit-learn": "sklearn", "pyyaml": "yaml"}
 """Where a package has another name than its module."""
 NEEDS = {
-    "finetune": "from factorpack.training import accelerator_for as f; f(factorpack.TrainingOptions(steps=1))",
+    "finetune": "from factorpack.devices import accelerator_for as f; f(factorpack.TrainingOptions(steps=1))",
     "cluster": "import distributed, factorpack.workers",
     "curve": "from factorpack.curve import require_plots as f; f()",
     "onnx": "import factorpack.export.checking, factorpack.export.surgery, factorpack.export.tracing",

@@ -41,9 +41,14 @@ def trainable_of(model: nn.Module, contents: Contents) -> TrainableModel:
     return TrainableModel(model, contents.tensors, contents.dtypes, contents.aliases, pricer)
 
 
+def at_rest(model: TrainableModel, threshold: float = 0.5) -> Contents:
+    """What the file of a model in training has in it, codes below `threshold` steps left out."""
+    return Contents(model.factored(threshold), model.dtypes, model.aliases)
+
+
 def written(model: TrainableModel, threshold: float = 0.5) -> tuple[bytes, Contents]:
-    """The file of a model in training, codes below `threshold` steps left out, and what is in it."""
-    contents = Contents(model.factored(threshold), model.dtypes, model.aliases)
+    """That file, and what is in it."""
+    contents = at_rest(model, threshold)
     return to_bytes(contents), contents
 
 

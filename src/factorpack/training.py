@@ -3,6 +3,7 @@
 States of the network are compared on a slice of the lessons that is held out, each as the file that it would be.
 """
 
+import copy
 import csv
 import io
 import json
@@ -12,15 +13,16 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from factorpack.container import Contents, File, make_folder, read, write
+from factorpack.devices import accelerator_for, of_main
 from factorpack.errors import BudgetError, TaskError, UnsupportedError
 from factorpack.nn.control import RateController
 from factorpack.nn.lessons import Course, batches_in, exchanged, hold_out, to_measure_on
@@ -34,11 +36,8 @@ from factorpack.pipeline import load, silent
 from factorpack.search import Progress
 from factorpack.store import Note, unheard
 from factorpack.task import Evaluate, as_scores
-from factorpack.trained import trainable_of, trimmed, written
+from factorpack.trained import at_rest, trainable_of, trimmed, written
 from factorpack.training_options import Lessons, TrainingOptions, TrainingReport
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 SLACK, LAST_SLACK = 0.004, 0.001
 """Training aims at a file that is by this part smaller than the promise: at its highest rate, when sizes sway most, and
@@ -82,39 +81,6 @@ def finetune(
     run = Run(model, Path(file), Path(out), lessons, options)
     run.train()
     return run.report(evaluate)
-
-
-def accelerator_for(options: TrainingOptions) -> "Accelerator":
-    """Device, precision and processes, by accelerate; UnsupportedError where it is missing or cannot do that."""
-    try:
-        from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs
-    except ImportError as error:
-        raise UnsupportedError("training needs accelerate: pip install factorpack[finetune]") from error
-    cpu = options.device == "cpu" or (options.device == "auto" and not torch.cuda.is_available())
-    precision = options.precision
-    if precision == "auto":
-        precision = _precision(cpu)
-    # A network may have parameters that no call uses.
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-    try:
-        found = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers)
-    except (ValueError, ImportError) as error:
-        raise UnsupportedError(f"accelerate cannot train so: {error}") from error
-    if options.device not in ("auto", "cpu") and found.device.type != torch.device(options.device).type:
-        raise UnsupportedError(f"--device {options.device} is not there: accelerate found {found.device}")
-    return found
-
-
-def _precision(cpu: bool) -> str:
-    """Half precision where it is faster: bf16 on GPUs that multiply it, or fp16, and on processors with tiles for it.
-
-    Processors that have but dot products of bf16 (avx512_bf16) take longer for it than for float32.
-    """
-    if not cpu:
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    told: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16" if told.get("amx_bf16") else "no"
 
 
 @dataclass
@@ -174,8 +140,7 @@ class Run:
         if options.epochs is not None:
             self.steps = math.ceil(options.epochs * batches_in(lessons.training) / processes)
         self.layout = self._layout()
-        self.norms = Norms(compressed, self._call_measured)
-        self._leave_norms_where_moments_cost()
+        self.norms = Norms(compressed, partial(self._call_lessons, 1))
         self.state = State()
         self.complete = False
         self.losses: list[float] = []
@@ -214,43 +179,31 @@ class Run:
         moved = part.to(self.accelerator.device, non_blocking=True)
         return moved.contiguous(memory_format=layout) if part.ndim == 4 and part.is_floating_point() else moved
 
-    @cached_property
-    def _measured(self) -> list[Any]:
-        """What moments are measured on; not asked for where there are no batch norms."""
-        return to_measure_on(self.lessons.training, self.course.held)
+    def _call_lessons(self, sample: int) -> None:
+        """Calls the network in training on a sample of lessons that moments are measured on."""
+        for batch in to_measure_on(self.lessons.training, self.course.held, sample):
+            call_model(self.compressed, self._moved(batch, self.layout))
 
-    def _leave_norms_where_moments_cost(self) -> None:
-        """Leaves batch norms as the file has them where moments of other lessons cost more than `MOMENTS_COST`.
+    def _settle(self, sample: int = 1) -> None:
+        """Takes batch norms to the moments of such a sample."""
+        self.norms.settle(partial(self._call_lessons, sample), partial(of_main, self.accelerator))
 
-        A network that has lost little then learns more with moments that do not depend on a sample.
+    def _try_norms(self) -> None:
+        """Leaves batch norms as the file has them where moments of other lessons alone cost more than `MOMENTS_COST`.
+
+        A network that has lost little learns more without depending on a sample. One that has to become smaller first
+        will lose more.
         """
         if not self.norms.placed:
             return
-        state, before = self.norms.state(), self.compressed.latents.state_dict()
-        kept = {name: tensor.clone() for name, tensor in before.items()}
-        known = self._held_loss(written(self.compressed)[1])
-        self._measured = to_measure_on(self.lessons.training, self.course.held, 2)
-        self.norms.settle(self._shared)
-        loss = self._held_loss(written(self.compressed)[1])
-        del self._measured
-        self.compressed.latents.load_state_dict(kept)
-        self.norms.take_up(state)
-        if self._shared(torch.tensor([loss - (1 + MOMENTS_COST) * known])).item() > 0:
+        moments, latents = self.norms.state(), copy.deepcopy(self.compressed.latents.state_dict())
+        self._settle(sample=2)
+        loss = self._held_loss(at_rest(self.compressed))
+        self.compressed.latents.load_state_dict(latents)
+        self.norms.take_up(moments)
+        costs = torch.tensor(loss > (1 + MOMENTS_COST) * self.state.held_loss_before, device=self.accelerator.device)
+        if of_main(self.accelerator, costs):
             self.norms.leave()
-
-    def _call_measured(self) -> None:
-        """Calls the network in training on that."""
-        for batch in self._measured:
-            call_model(self.compressed, self._moved(batch, self.layout))
-
-    def _shared(self, values: Tensor) -> Tensor:
-        """The main process' values, in all processes."""
-        if self.accelerator.num_processes == 1:
-            return values
-        from accelerate.utils import broadcast
-
-        shared: Tensor = broadcast(values)
-        return shared
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
@@ -284,7 +237,7 @@ class Run:
     def _take_time(self) -> None:
         """Reads the clock; all processes go by that of the main one, so that they stop together."""
         told = torch.tensor([self._elapsed(), self._judging], dtype=torch.float32, device=self.accelerator.device)
-        self._now, self._reserve = self._shared(told).tolist()
+        self._now, self._reserve = of_main(self.accelerator, told).tolist()
 
     def _done(self) -> float:
         """The part of the training that is over."""
@@ -357,7 +310,7 @@ class Run:
         state, began = self.state, time.perf_counter()
         state.judged = math.floor(self._done() * JUDGEMENTS)
         if state.step:
-            self.norms.settle(self._shared)
+            self._settle()
         data, contents = written(self.compressed)
         # Small tensors and bases take other bytes than before, by little.
         self.rest = len(data) - self.compressed.coded_bytes()
@@ -411,6 +364,7 @@ class Run:
             self._kept.unlink(missing_ok=True)
         self._judge()
         self.state.held_loss_before = self.state.held_loss
+        self._try_norms()
 
     def _key_of_run(self) -> str:
         """Of what a state belongs to."""

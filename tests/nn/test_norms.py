@@ -70,7 +70,7 @@ def test_settling_keeps_the_function_that_was_trained_in_the_file(contents: Cont
     norms = Norms(model, measured(model))
     moved(model)
     trained, lagging = model(BATCH), at_rest(model)
-    norms.settle()
+    norms.settle(measured(model))
     scale = trained.std()
     assert (lagging - trained).std() > 0.3 * scale
     # The two numbers a channel are rounded anew.
@@ -114,10 +114,13 @@ def test_a_state_is_taken_up(contents: Contents) -> None:
     first, second = trainable_of(Network(), contents), trainable_of(Network(), contents)
     norms, others = Norms(first, measured(first)), Norms(second, measured(second))
     moved(first)
-    norms.settle()
+    norms.settle(measured(first))
     second.latents.load_state_dict(first.latents.state_dict())
     others.take_up(norms.state())
     assert torch.equal(first(BATCH), second(BATCH))
+    others.take_up({"norms.1": norms.state()["norms.1"]})
+    assert list(others.placed) == ["norms.1"]
+    assert isinstance(second.network.norms[0], nn.BatchNorm2d)
 
 
 class Twice(Network):

@@ -153,10 +153,10 @@ def hold_out(training: Training) -> Held:
     return Held(lessons, frozenset(found for batch, _ in lessons for found in _fingerprints(batch)))
 
 
-def to_measure_on(training: Training, held: Held, sample: int = 1) -> list[Any]:
+def to_measure_on(training: Training, held: Held, sample: int) -> Iterator[Any]:
     """The first `MEASURED` batches of the `sample`-th epoch after the one that is held out, less what is."""
     lessons = (held.without(lesson) for lesson in _epoch(training, HELD_EPOCH + sample))
-    return [lesson[0] for lesson in islice((lesson for lesson in lessons if lesson), MEASURED)]
+    return (lesson[0] for lesson in islice((lesson for lesson in lessons if lesson), MEASURED))
 
 
 @dataclass(eq=False)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from factorpack._shapes import Float
 from factorpack.nn.folding import FORWARDS
 from factorpack.nn.trainable import TrainableModel, TrainableVector
 
@@ -27,66 +28,68 @@ what is divided by next to nothing could not wake up."""
 
 
 class NormByBatch(nn.Module):
-    """In place of a batch norm; `weight` and `bias` are given with each call of the network."""
+    """In place of a batch norm; `weight` and `bias` are given with each call of the network.
 
-    shift: Tensor
-    slope: Tensor
-    mean: Tensor
-    variance: Tensor
+    `moments` (2, C) are the means and variances of a channel's inputs that these two numbers go with.
+    """
 
-    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    running_mean: Tensor
+    running_var: Tensor
+    moments: Tensor
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, moments: Float[Tensor, "2 C"]) -> None:
         super().__init__()
-        self.weight, self.bias = norm.weight, norm.bias
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        self.register_buffer("shift", norm.running_mean)
-        self.register_buffer("slope", (norm.running_var + norm.eps).rsqrt())
-        self.register_buffer("mean", mean)
-        self.register_buffer("variance", variance)
-        self.by_batch = True
-        self.eps = max(norm.eps, FLOOR * float(variance.mean()))
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.register_buffer("running_mean", norm.running_mean)
+        self.register_buffer("running_var", norm.running_var)
+        self.register_buffer("moments", moments)
+        self.floor = max(norm.eps, FLOOR * float(moments[1].mean()))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """As the batch norm with moments `mean` and `variance`, had the inputs these; small inputs as in the file."""
-        if not (self.by_batch and _enough(inputs)):
-            return self.as_in_file(inputs)
-        slope = self.weight * self.slope
-        deviation = (self.variance + self.eps).sqrt()
-        bias = self.bias + slope * (self.mean - self.shift)
-        return F.batch_norm(inputs, None, None, slope * deviation, bias, training=True, eps=self.eps)
+        """As the batch norm at `moments`, had the inputs these; small inputs as in the file."""
+        if not _enough(inputs):
+            return F.batch_norm(inputs, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        mean, deviation = self.at(self.moments)
+        slope = self.slope(self.weight)
+        bias = self.bias + slope * (mean - self.running_mean)
+        return F.batch_norm(inputs, None, None, slope * deviation, bias, training=True, eps=self.floor)
 
-    def as_in_file(self, inputs: Tensor) -> Tensor:
-        """As the batch norm that it stands for."""
-        slope = self.weight * self.slope
-        nothing, one = torch.zeros_like(slope), torch.ones_like(slope)
-        return F.batch_norm(inputs, nothing, one, slope, self.bias - slope * self.shift, eps=0.0)
+    def slope(self, weight: Float[Tensor, " C"]) -> Float[Tensor, " C"]:
+        """What a channel of the file is multiplied by."""
+        return weight * (self.running_var + self.eps).rsqrt()
+
+    def at(self, moments: Float[Tensor, "2 C"]) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
+        """The mean, and the deviation that a channel with these moments is divided by."""
+        mean, variance = moments
+        return mean, (variance + self.floor).sqrt()
 
 
 def _enough(inputs: Tensor) -> bool:
     return inputs.numel() >= LEAST_VALUES * inputs.shape[1]
 
 
-def _moments(inputs: Tensor) -> Tensor:
-    """Variance and mean of each channel, (2, C)."""
+def _moments(inputs: Tensor) -> Float[Tensor, "2 C"]:
+    """Mean and variance of each channel."""
     axes = [axis for axis in range(inputs.ndim) if axis != 1]
-    return torch.stack(torch.var_mean(inputs.detach().float(), axes, correction=0))
+    variance, mean = torch.var_mean(inputs.detach().float(), axes, correction=0)
+    return torch.stack((mean, variance))
 
 
-def _pooled(moments: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and variance of equally large batches, of their (2, C) moments."""
-    variances, means = torch.stack(moments).unbind(1)
-    return means.mean(0), variances.mean(0) + means.var(0, correction=0)
+def _pooled(moments: list[Tensor]) -> Float[Tensor, "2 C"]:
+    """The moments of equally large batches together."""
+    means, variances = torch.stack(moments).unbind(1)
+    return torch.stack((means.mean(0), variances.mean(0) + means.var(0, correction=0)))
 
 
 class Norms:
     """The batch norms of a network in training that go by batches.
 
-    `run()` calls the network on the lessons that moments are measured on. A batch norm is left as the file has it where
-    it is no plain one, is not trained, is called twice, or where batches have fewer than `LEAST_VALUES` a channel.
+    `run()` calls the network on the lessons that their first moments are measured on. A batch norm is left as the file
+    has it where it is no plain one, is not trained, is called twice, or where batches have fewer than `LEAST_VALUES` a
+    channel.
     """
 
     def __init__(self, model: TrainableModel, run: Callable[[], None]) -> None:
-        self._run = run
         self._latents = cast("dict[str, TrainableVector]", model.trained())
         network = self._network = model.network
         paths = Counter(id(module) for _, module in network.named_modules(remove_duplicate=False))
@@ -103,22 +106,25 @@ class Norms:
                 for part in ("weight", "bias")
             )
         }
-        moments, calls = self._moments_of(plain)
+        seen, calls = self._seen(plain, run)
         self.placed: dict[str, NormByBatch] = {}
+        self._replaced: dict[str, nn.Module] = {}
         for name, module in plain.items():
-            if len(moments[name]) != calls or not moments[name]:
+            if len(seen[name]) != calls or not seen[name]:
                 continue
-            pooled = torch.stack(_pooled(moments[name]))
-            if not bool(pooled.isfinite().all()):
-                # Of lessons that training will refuse.
-                continue
-            placed = self.placed[name] = NormByBatch(module, *pooled.unbind(0))
-            parent, _, leaf = name.rpartition(".")
-            setattr(network.get_submodule(parent), leaf, placed)
+            moments = _pooled(seen[name])
+            # Others are of lessons that training will refuse.
+            if bool(moments.isfinite().all()):
+                self._replaced[name], self.placed[name] = module, NormByBatch(module, moments)
+                self._place(name, self.placed[name])
+
+    def _place(self, name: str, module: nn.Module) -> None:
+        parent, _, leaf = name.rpartition(".")
+        setattr(self._network.get_submodule(parent), leaf, module)
 
     @torch.no_grad()
-    def _moments_of(self, norms: Mapping[str, nn.Module]) -> tuple[dict[str, list[Tensor]], int]:
-        """What large enough inputs of these modules have, call by call, and how often the network was called."""
+    def _seen(self, norms: Mapping[str, nn.Module], run: Callable[[], None]) -> tuple[dict[str, list[Tensor]], int]:
+        """Moments of large enough inputs of these modules in `run`, call by call, and the network's calls."""
         seen: dict[str, list[Tensor]] = {name: [] for name in norms}
         calls = 0
 
@@ -135,43 +141,44 @@ class Norms:
             handles.append(module.register_forward_pre_hook(lambda _, given, name=name: look(name, given[0])))
         try:
             if norms:
-                self._run()
+                run()
         finally:
             for handle in handles:
                 handle.remove()
         return seen, calls
 
     @torch.no_grad()
-    def settle(self, shared: Callable[[Tensor], Tensor] = lambda moments: moments) -> None:
-        """Measures moments anew, and moves w and b to what does the same with these.
+    def settle(self, run: Callable[[], None], shared: Callable[[Tensor], Tensor] = lambda moments: moments) -> None:
+        """Measures moments anew, in `run`, and moves w and b to what does the same with these.
 
         `shared` gives all processes the moments of one.
         """
-        seen, _ = self._moments_of(self.placed)
+        seen, _ = self._seen(self.placed, run)
         for name, placed in self.placed.items():
-            pooled = shared(torch.stack(_pooled(seen[name])))
-            if not bool(pooled.isfinite().all()):
+            moments = shared(_pooled(seen[name]))
+            if not bool(moments.isfinite().all()):
                 continue
-            mean, variance = pooled.unbind(0)
             weight, bias = (self._latents[f"{name}.{part}"] for part in ("weight", "bias"))
-            slope = weight.unrounded() * placed.slope
-            factor = ((placed.variance + placed.eps) / (variance + placed.eps)).sqrt()
-            moved = bias.unrounded() + slope * (placed.mean - placed.shift)
-            bias.set_values(moved - slope * factor * (mean - placed.shift))
+            (mean, deviation), (known_mean, known_deviation) = placed.at(moments), placed.at(placed.moments)
+            factor, slope = known_deviation / deviation, placed.slope(weight.unrounded())
+            moved = bias.unrounded() + slope * (known_mean - placed.running_mean)
+            bias.set_values(moved - slope * factor * (mean - placed.running_mean))
             weight.set_values(weight.unrounded() * factor)
-            placed.mean, placed.variance = mean, variance
+            placed.moments = moments
 
     def leave(self) -> None:
-        """Takes the batch norms back to what the file has."""
-        for placed in self.placed.values():
-            placed.by_batch = False
-        self.placed.clear()
+        """Takes all batch norms back to what the file has."""
+        self.take_up({})
 
     def state(self) -> dict[str, Tensor]:
-        """The moments that w and b go with."""
-        return {name: torch.stack((placed.mean, placed.variance)) for name, placed in self.placed.items()}
+        """The moments that w and b go with, by the names of the norms."""
+        return {name: placed.moments for name, placed in self.placed.items()}
 
     def take_up(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on from such moments."""
-        for name, moments in state.items():
-            self.placed[name].mean, self.placed[name].variance = moments.unbind(0)
+        """Goes on from such moments; norms that are not among them are left as in the file."""
+        for name in [*self.placed]:
+            if name in state:
+                self.placed[name].moments = state[name]
+            else:
+                self._place(name, self._replaced[name])
+                del self.placed[name]
