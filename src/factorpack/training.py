@@ -31,7 +31,16 @@ from factorpack.nn.norms import Norms
 from factorpack.nn.prefix import copy_of
 from factorpack.nn.statistics import call_model
 from factorpack.nn.trainable import TrainableModel
-from factorpack.nn.training import Clipper, Learner, Objective, highest_rate, optimiser, warmed_cosine
+from factorpack.nn.training import (
+    FURTHER,
+    TRAVEL,
+    Clipper,
+    Learner,
+    Objective,
+    highest_rate,
+    optimiser,
+    warmed_cosine,
+)
 from factorpack.pipeline import load, silent
 from factorpack.search import Progress
 from factorpack.store import Note, unheard
@@ -287,7 +296,8 @@ class Run:
         done, highest = self._done(), self.options.learning_rate
         if highest is None:
             # In a training of minutes, as many steps as there will be at the pace so far.
-            highest = highest_rate(self.steps if self.steps is not None else self.state.step / max(done, 1e-9))
+            steps = self.steps if self.steps is not None else self.state.step / max(done, 1e-9)
+            highest = highest_rate(steps, FURTHER if self.norms.placed else TRAVEL)
         return highest * warmed_cosine(done)
 
     def _goal(self) -> float:

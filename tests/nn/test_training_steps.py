@@ -14,6 +14,7 @@ from factorpack.factors import IDENTITY_GRID, Basis, Codes, FactoredWeight, Grid
 from factorpack.nn.distillation import LOSSES
 from factorpack.nn.trainable import TrainableModel
 from factorpack.nn.training import (
+    FURTHER,
     HIGHEST,
     TRAVEL,
     Clipper,
@@ -104,11 +105,12 @@ def test_rates_rise_and_fall() -> None:
     assert all(a >= b for a, b in zip(found[2:], found[3:], strict=False))
 
 
-@pytest.mark.parametrize("steps", [2000, 20_000])
-def test_codes_travel_as_far_in_a_longer_training(steps: int) -> None:
-    travelled = highest_rate(steps) * sum(warmed_cosine(step / steps) for step in range(steps))
-    assert travelled == pytest.approx(TRAVEL, rel=0.03)
-    assert highest_rate(0) == highest_rate(1) == highest_rate(1000) == HIGHEST
+@pytest.mark.parametrize("travel", [TRAVEL, FURTHER])
+@pytest.mark.parametrize("steps", [5000, 50_000])
+def test_codes_travel_as_far_in_a_longer_training(steps: int, travel: float) -> None:
+    travelled = highest_rate(steps, travel) * sum(warmed_cosine(step / steps) for step in range(steps))
+    assert travelled == pytest.approx(travel, rel=0.03)
+    assert highest_rate(0, travel) == highest_rate(1, travel) == highest_rate(1000, travel) == HIGHEST
 
 
 def test_each_kind_of_latent_has_its_rate() -> None:

@@ -21,11 +21,13 @@ WARM_UP = 0.02
 """Part of a training in which rates rise."""
 LAST = 0.01
 """Part of the rates that is left at the end."""
-BASES, SMALL, STEPS = 0.5, 5.0, 0.1
-"""Rates of bases, small tensors and log2 of steps, in units of the rate of codes."""
-TRAVEL, HIGHEST = 8.0, 0.01
-"""Grid steps that a code can go in a training, and its highest rate. Beyond a few steps codes go to and fro at the
-edges of their cells, and what is kept is a draw of where they were (docs/log.md)."""
+BASES, SMALL, STEPS = 0.5, 5.0, 0.02
+"""Rates of bases, small tensors and log2 of steps, in units of the rate of codes. Steps are slow: the price pulls all
+of them one way from the first batch on, while what coarser ones cost only shows once latents have left the middles of
+their cells."""
+TRAVEL, FURTHER, HIGHEST = 8.0, 24.0, 0.01
+"""Grid steps that a code can go in a training, the same where batch norms go by batches, and its highest rate. Codes go
+to and fro at the edges of their cells, and what is kept is a draw of where they were (docs/log.md)."""
 BETAS = (0.9, 0.999)
 CLIPPED = 3.0
 """A gradient that is so many times longer than they usually are is cut to that."""
@@ -110,10 +112,10 @@ def orthogonality(model: TrainableModel) -> Tensor:
     return torch.stack(found).mean() if found else torch.zeros(())
 
 
-def highest_rate(steps: float) -> float:
+def highest_rate(steps: float, travel: float = TRAVEL) -> float:
     """The rate of codes at its highest, in steps of their grid, for a training of so many steps."""
     # Between warm-up and the end the mean of the schedule is a half.
-    return min(HIGHEST, 2 * TRAVEL / max(steps, 1.0))
+    return min(HIGHEST, 2 * travel / max(steps, 1.0))
 
 
 def optimiser(model: TrainableModel, rate: float) -> AdamW:
