@@ -31,16 +31,7 @@ from factorpack.nn.norms import Norms
 from factorpack.nn.prefix import copy_of
 from factorpack.nn.statistics import call_model
 from factorpack.nn.trainable import TrainableModel
-from factorpack.nn.training import (
-    FURTHER,
-    TRAVEL,
-    Clipper,
-    Learner,
-    Objective,
-    highest_rate,
-    optimiser,
-    warmed_cosine,
-)
+from factorpack.nn.training import Clipper, Learner, Objective, highest_rate, optimiser, warmed_cosine
 from factorpack.pipeline import load, silent
 from factorpack.search import Progress
 from factorpack.store import Note, unheard
@@ -297,7 +288,7 @@ class Run:
         if highest is None:
             # In a training of minutes, as many steps as there will be at the pace so far.
             steps = self.steps if self.steps is not None else self.state.step / max(done, 1e-9)
-            highest = highest_rate(steps, FURTHER if self.norms.placed else TRAVEL)
+            highest = highest_rate(steps, norms_by_batches=bool(self.norms.placed))
         return highest * warmed_cosine(done)
 
     def _goal(self) -> float:

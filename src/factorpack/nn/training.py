@@ -112,10 +112,10 @@ def orthogonality(model: TrainableModel) -> Tensor:
     return torch.stack(found).mean() if found else torch.zeros(())
 
 
-def highest_rate(steps: float, travel: float = TRAVEL) -> float:
+def highest_rate(steps: float, norms_by_batches: bool) -> float:
     """The rate of codes at its highest, in steps of their grid, for a training of so many steps."""
     # Between warm-up and the end the mean of the schedule is a half.
-    return min(HIGHEST, 2 * travel / max(steps, 1.0))
+    return min(HIGHEST, 2 * (FURTHER if norms_by_batches else TRAVEL) / max(steps, 1.0))
 
 
 def optimiser(model: TrainableModel, rate: float) -> AdamW:
