@@ -298,3 +298,12 @@ def test_large_weights_are_recombined_in_parts(monkeypatch):
         monkeypatch.setattr("factorpack.factors.ENTRIES_AT_ONCE", 2 * weight.tiling.tiled_shape[0])
         np.testing.assert_array_equal(weight.tensor(), whole, err_msg=name)
         monkeypatch.undo()
+
+
+def test_a_weight_is_the_same_in_blocks_of_any_size(monkeypatch):
+    weights = dict(laws.weights(0))
+    whole = {name: weight.tensor() for name, weight in weights.items()}
+    monkeypatch.setattr("factorpack.factors.ENTRIES_IN_CACHE", 8)
+    monkeypatch.setattr("factorpack.factors.LEAST_COLUMNS", 1)
+    for name, weight in weights.items():
+        assert np.array_equal(weight.tensor(), whole[name]), name

@@ -20,10 +20,11 @@ ALLOWED = {
     "plan": FREE,
     "allocate": FREE | {"plan"},
     "coding": FREE | {"coding", "factors", "tiling"},
-    "container": FREE | {"container", "coding", "factors", "tiling"},
+    "threads": set(),
+    "container": FREE | {"container", "coding", "factors", "tiling", "threads"},
     "solve": FREE | {"solve", "factors", "tiling"},
     "runtime": FREE | {"runtime", "factors", "tiling"},
-    "nn": FREE | {"nn", "runtime", "solve", "factors", "tiling"},
+    "nn": FREE | {"nn", "runtime", "solve", "factors", "tiling", "threads"},
     "evaluate": FREE | {"evaluate", "sizes", "container", "nn", "solve", "factors", "tiling"},
     "export": FREE | {"export", "container", "nn", "factors", "tiling"},
     "task": FREE,
@@ -49,7 +50,7 @@ COMPOSITION = {
     "__init__": {"bench", "cli"},
 }
 """Composition, and what of the package even that may not import."""
-WITHOUT_TORCH = {"factors", "tiling", "plan", "allocate", "errors", "_shapes", "coding", "container"}
+WITHOUT_TORCH = {"factors", "tiling", "plan", "allocate", "errors", "_shapes", "coding", "container", "threads"}
 
 
 def unit_of(path):

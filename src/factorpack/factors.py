@@ -23,13 +23,17 @@ from factorpack._shapes import Float32, Float64, Int32, Integer
 from factorpack.errors import MismatchError
 from factorpack.tiling import Tiling
 
-STEPS_PER_OCTAVE = 64
+OCTAVE_BITS = 6
+STEPS_PER_OCTAVE = 1 << OCTAVE_BITS
 FRACTION_BITS = 30
 EXPONENT_LIMIT = 120 * STEPS_PER_OCTAVE
 LOGARITHM_LIMIT = 1000 * STEPS_PER_OCTAVE
 INTEGER_LIMIT = 2**24
 ENTRIES_AT_ONCE = 1 << 24
 """Of a larger weight so many are worked on at a time: what is half done takes several times as much memory."""
+ENTRIES_IN_CACHE, LEAST_COLUMNS = 1 << 16, 32
+"""So many entries are recombined at a time, or so many tiles where these are long: what is half done stays in a
+processor's cache."""
 
 
 def parts(lines: int, entries: int) -> Iterator[slice]:
@@ -57,8 +61,15 @@ def octave() -> tuple[int, ...]:
 
 def steps_of(exponents: Int32[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
     """2^(e/64) as float64, exact to the table of `octave`; any shape."""
-    table = np.array(octave(), np.float64)
-    return np.asarray(np.ldexp(table[exponents % STEPS_PER_OCTAVE], exponents // STEPS_PER_OCTAVE - FRACTION_BITS))
+    # Shifts and masks, which take less time than divisions, also of negative ones.
+    return np.asarray(
+        np.ldexp(_octave_steps()[exponents & STEPS_PER_OCTAVE - 1], (exponents >> OCTAVE_BITS) - FRACTION_BITS)
+    )
+
+
+@cache
+def _octave_steps() -> Float64[np.ndarray, " 64"]:
+    return np.array(octave(), np.float64)
 
 
 def exponents_of(steps: Float64[np.ndarray, "..."]) -> Int32[np.ndarray, "..."]:
@@ -276,26 +287,28 @@ class FactoredWeight:
         basis, codes = self.basis.integers, self.codes
         exact = None if basis is None else basis.astype(_exact_type(basis, codes))
         # Rounded to float32 first, so that steps times steps is exact in float64 and one rounding remains.
-        rows = np.asarray(self.basis.grid.steps, np.float32).astype(np.float64)[:, None]
-        columns = np.ones(1) if isinstance(codes, OneHotCodes) else codes.grid.steps
-        columns = np.broadcast_to(np.asarray(columns, np.float32).astype(np.float64), (count,))
-        tiles = np.empty((depth, count), np.float32)
-        single = columns.astype(np.float32)
-        # Integers within 2^24 and steps that are exact in float32: one rounding there is the one that remains.
-        if exact is None and isinstance(codes, Codes) and np.all(rows == 1) and np.array_equal(single, columns):
-            np.multiply(codes.integers, single, out=tiles, dtype=np.float32)
-            return tiles
-        # In float64, and twice: as much as four times as many entries.
-        for part in parts(count, 4 * depth):
+        row_steps, column_steps = (
+            np.asarray(grid.steps, np.float32).astype(np.float64)
+            for grid in (self.basis.grid, IDENTITY_GRID if isinstance(codes, OneHotCodes) else codes.grid)
+        )
+        rows, columns = np.broadcast_to(row_steps[:, None], (depth, 1)), np.broadcast_to(column_steps, (1, count))
+        along = self.tiling.depth > 0
+        # Tiles along the inputs are runs of the tensor: in its order, so that `untile` need not turn them.
+        tiles = np.empty((count, depth), np.float32).T if along else np.empty((depth, count), np.float32)
+        by_rows = exact is None and not along
+        lines, entries = (depth, count) if by_rows else (count, depth)
+        at_once = max(ENTRIES_IN_CACHE // entries, 1 if by_rows else LEAST_COLUMNS)
+        for start in range(0, lines, at_once):
+            part, every = slice(start, start + at_once), slice(None)
+            block = (part, every) if by_rows else (every, part)
             if isinstance(codes, OneHotCodes):
                 assert exact is not None
                 product = exact[:, codes.indices[part]]
             else:
-                product = codes.integers[:, part].astype(np.float64 if exact is None else exact.dtype)
+                product = codes.integers[block]
                 # Integers below 2^53: exact in float64 in whatever order a machine adds them.
-                product = product if exact is None else exact @ product
-            scales = rows * columns[part]
-            np.multiply(product, scales, out=tiles[:, part], dtype=np.float64, casting="same_kind")
+                product = product if exact is None else exact @ product.astype(exact.dtype)
+            tiles[block] = product * (rows[block[0]] * columns[:, block[1]])
         return tiles
 
     def tensor(self) -> Float32[np.ndarray, "..."]:

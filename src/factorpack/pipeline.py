@@ -291,7 +291,7 @@ def load(path: str | Path, model: nn.Module, mode: str = "dense", most_bytes: in
     """
     if mode not in MODES:
         raise UnsupportedError(f"{mode!r} is no mode: choose {' or '.join(MODES)}")
-    contents, _ = read(Path(path), most_bytes)
+    contents, _ = read(Path(path), most_bytes, threads=torch.get_num_threads())
     place = place_dense if mode == "dense" else place_on_the_fly
     return place(model, contents.tensors, contents.dtypes, contents.aliases)
 
@@ -306,7 +306,7 @@ def load_state_dict(path: str | Path, most_bytes: int | None = None) -> dict[str
         >>> build_model().load_state_dict(tensors)
         <All keys matched successfully>
     """
-    contents, _ = read(Path(path), most_bytes)
+    contents, _ = read(Path(path), most_bytes, threads=torch.get_num_threads())
     return state_dict(contents.tensors, contents.dtypes, contents.aliases)
 
 

@@ -1,4 +1,4 @@
-"""The decoder as machine code is the reference, in what it gives and in what it refuses."""
+"""Machine code is the reference, in what it gives and in what it refuses."""
 
 import struct
 import subprocess
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from c_decoder import CHECKED, compiler
 
-from factorpack.coding import compiled, rans, reference
+from factorpack import factors
+from factorpack.coding import compiled, models, rans, reference
 from factorpack.coding.models import normalised
 from factorpack.errors import FormatError
 
@@ -68,6 +69,31 @@ def test_words_at_an_odd_address():
     assert np.array_equal(compiled.decode(states, odd, None, [table], symbols.size), symbols)
 
 
+def made_up_models(rng, number):
+    """Exponents of models: all that bytes can say, few symbols and many, some of them absent or all."""
+    for index in range(number):
+        size = int(rng.integers(1, 4096 if index % 20 == 0 else 40))
+        exponents = rng.integers(0, rng.choice([2, 16384, 587777]), size)
+        yield np.where(rng.random(size) < rng.choice([0, 0.1, 0.9, 1]), -1, exponents)
+
+
+def told_of(frequencies, exponents):
+    try:
+        return frequencies(exponents.copy()).tolist()
+    except FormatError as error:
+        return str(error)
+
+
+def test_frequencies_are_those_of_the_reference(monkeypatch):
+    exponents = list(made_up_models(np.random.default_rng(0), 2000))
+    by_machine = [told_of(models.frequencies, each) for each in exponents]
+    monkeypatch.setattr(compiled, "library", lambda: None)
+    assert by_machine == [told_of(models.frequencies, each) for each in exponents]
+    assert {told for told in by_machine if isinstance(told, str)} == {
+        "a symbol model has no symbol", "a symbol model has too many symbols for its precision",
+    }  # fmt: skip
+
+
 def fnv(symbols):
     found = 2166136261
     for symbol in symbols:
@@ -101,6 +127,11 @@ def test_damaged_streams_touch_no_memory_but_theirs(tmp_path):
             expected.append(compiled.decode(states, words, contexts, table_objects, count).tolist())
         except FormatError as error:
             expected.append(str(error))
+    for exponents in made_up_models(rng, 300):
+        head = struct.pack("=7I", 0, 0, 0, 0, 0, 0, exponents.size)
+        octave = np.array([*factors.octave(), 2 << factors.FRACTION_BITS], np.int64)
+        streams.append(head + exponents.tobytes() + octave.tobytes())
+        expected.append(told_of(models.frequencies, exponents))
     run = subprocess.run([program], input=b"".join(streams), capture_output=True, check=False, timeout=300)
     assert run.returncode == 0, run.stderr.decode()
     lines = run.stdout.decode().splitlines()
@@ -115,5 +146,7 @@ def test_damaged_streams_touch_no_memory_but_theirs(tmp_path):
         elif "end after" in told:
             assert status == "1"
             assert told == f"the coded words end after {decoded} of {told.split()[-2]} symbols"
+        elif told == "a symbol model has no symbol":
+            assert status == "1"
         else:
             assert status == "2"

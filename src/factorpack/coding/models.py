@@ -25,7 +25,8 @@ from functools import cache, lru_cache
 
 import numpy as np
 
-from factorpack._shapes import Float64, Int32, Integer
+from factorpack._shapes import Float64, Int32, Int64, Integer
+from factorpack.coding import compiled
 from factorpack.coding.escapes import MAX_ORDER, escape_bits
 from factorpack.coding.rans import Table
 from factorpack.coding.reader import Reader, append_varint, append_zigzag
@@ -69,6 +70,16 @@ def normalised(weights: Integer[np.ndarray, " symbols"]) -> Int32[np.ndarray, " 
     if frequencies[largest] < 1:
         raise FormatError("a symbol model has too many symbols for its precision")
     return np.asarray(frequencies, np.int32)
+
+
+def frequencies(exponents: Int64[np.ndarray, " symbols"]) -> Int32[np.ndarray, " symbols"]:
+    """Frequencies of symbols with the weights P(exponent), of none where that is negative.
+
+    The array of exponents may be used up. Raises FormatError as `normalised`.
+    """
+    if compiled.library() is not None:
+        return compiled.frequencies(exponents, _octave_table())
+    return normalised(np.where(exponents < 0, 0, power(np.maximum(exponents, 0))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,16 +188,16 @@ def symmetric_model(bound: int, stored: bytes, escape: Escape | None) -> SymbolM
     """The model of kind 0 with its bytes z, t, u, as many as are stored; FormatError where it has too many symbols."""
     z, t, u = stored + bytes((128, 0, 0))[len(stored) :]
     k, pairs = _distances()
-    exponents = np.empty(bound + 1 + (escape is not None), np.int64)
-    np.maximum(UNIT - k[:bound] * (4 * t * t) - pairs[:bound] * (u * u), 0, out=exponents[:bound])
-    exponents[bound:] = [(peak - 128) * (OCTAVE // 8) + UNIT for peak in (z, *([escape.weight] if escape else []))]
-    found = power(exponents)
-    tail = found[:bound]
-    weights = np.concatenate((tail[::-1], found[bound : bound + 1], tail, found[bound + 1 :]))
+    exponents = np.empty(2 * bound + 1 + (escape is not None), np.int64)
+    tail = np.maximum(UNIT - k[:bound] * (4 * t * t) - pairs[:bound] * (u * u), 0, out=exponents[bound + 1 :][:bound])
+    exponents[:bound] = tail[::-1]
+    exponents[bound] = (z - 128) * (OCTAVE // 8) + UNIT
+    if escape:
+        exponents[-1] = (escape.weight - 128) * (OCTAVE // 8) + UNIT
     out = bytearray()
     append_varint(out, bound << 2 | (escape is not None) << 1)
     out += stored
-    return _model(-bound, weights, escape, out)
+    return _model(-bound, exponents, escape, out)
 
 
 @cache
@@ -202,17 +213,18 @@ def explicit_model(low: int, stored: bytes, escape: Escape | None) -> SymbolMode
     Raises FormatError where all are zero, or too many.
     """
     codes = np.frombuffer(stored + (bytes((escape.weight,)) if escape else b""), np.uint8).astype(np.int64)
-    weights = np.where(codes > 0, power(4 * OCTAVE + codes * (OCTAVE // 16)), 0) if codes.size else np.ones(1, np.int64)
+    # A single symbol, which has no byte, is certain whatever its weight.
+    exponents = np.where(codes > 0, 4 * OCTAVE + codes * (OCTAVE // 16), -1) if codes.size else np.zeros(1, np.int64)
     out = bytearray()
     append_varint(out, max(len(stored) - 1, 0) << 2 | (escape is not None) << 1 | 1)
     append_zigzag(out, low)
     out += stored
-    return _model(low, weights, escape, out)
+    return _model(low, exponents, escape, out)
 
 
-def _model(low: int, weights: np.ndarray, escape: Escape | None, code: bytearray) -> SymbolModel:
+def _model(low: int, exponents: np.ndarray, escape: Escape | None, code: bytearray) -> SymbolModel:
     code += bytes((escape.weight, escape.order)) if escape else b""
-    return SymbolModel(low, normalised(weights), escape.order if escape else None, bytes(code))
+    return SymbolModel(low, frequencies(exponents), escape.order if escape else None, bytes(code))
 
 
 def fit(histogram: Histogram) -> SymbolModel:

@@ -4,7 +4,7 @@ varint: unsigned LEB128, seven bits a byte from the lowest, five bytes and 2^32 
 byte of zero. zigzag: the varint of 0, -1, 1, -2, ... counted from zero.
 """
 
-from copy import copy
+from threading import Lock
 
 from factorpack.errors import FormatError
 
@@ -20,15 +20,20 @@ class Allowance:
 
     def __init__(self, size: int) -> None:
         self._size = self._left = size
+        self._lock = Lock()
 
     def copy(self) -> "Allowance":
         """One that is spent by itself."""
-        return copy(self)
+        other = Allowance(self._size)
+        other._left = self._left
+        return other
 
     def spend(self, size: int, what: str) -> None:
         """Takes `size` bytes of it; FormatError, before anything is allocated, where they are not left."""
-        self._left -= size
-        if self._left < 0:
+        with self._lock:
+            self._left -= size
+            spent = self._left < 0
+        if spent:
             raise FormatError(
                 f"{what} would take more memory than the {self._size:,} bytes allowed for a file of this size: where "
                 f"you trust it, allow more with most_bytes"
@@ -69,6 +74,11 @@ class Reader:
 
     def varint(self, what: str) -> int:
         """The next unsigned integer, below 2^32."""
+        place = self._position
+        # Most take one byte, and there are hundreds to a record.
+        if place < len(self._data) and self._data[place] < 0x80:
+            self._position = place + 1
+            return self._data[place]
         value = 0
         for index in range(VARINT_BYTES):
             byte = self.take(1, what)[0]

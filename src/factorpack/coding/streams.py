@@ -366,7 +366,8 @@ def _read_escapes(
     lows = np.array([model.low for model in models])
     # No symbol is as large as this, so that nothing equals it where there are no escapes.
     marks = np.array([model.high + 1 if model.order is not None else 2**31 - 1 for model in models])
-    places = np.flatnonzero(values >= marks.min())
+    # A Python integer: NumPy widens all values to compare them with one of its own.
+    places = np.flatnonzero(values >= int(marks.min()))
     context = np.zeros(places.size, np.int64) if contexts is None else contexts[places].astype(np.int64)
     escaped = values[places] == marks[context]
     places, context = places[escaped], context[escaped]

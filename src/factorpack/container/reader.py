@@ -2,7 +2,7 @@
 
 import struct
 import zlib
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from factorpack.container.layout import (
 )
 from factorpack.errors import FormatError
 from factorpack.factors import FactoredVector, FactoredWeight
+from factorpack.threads import in_threads
 
 LEAST_ALLOWED, ALLOWED_RATIO = 1 << 26, 1024
 """Bytes of memory that what is in a file may take where the caller does not say: so many, or that many times its size,
@@ -255,17 +256,17 @@ class File:
             shared["exact tensors"] = self._places[EXACT][1]
         return Bill(weights, shared, self._blob.file_bytes)
 
-    def contents(self) -> tuple[Contents, Bill]:
-        """All that the file holds, and where its bytes are."""
+    def contents(self, threads: int = 1) -> tuple[Contents, Bill]:
+        """All that the file holds, and where its bytes are; large weights are decoded in so many threads."""
         found: dict[str, Value] = {**self._vectors, **self._arrays}
         # What the small tensors took is gone for good, since they are kept; what the weights take is the caller's.
-        allowance = self._allowance.copy()
-        weights = {name: self._weight(name, allowance) for name in self.weights}
-        found |= {name: weight for name, (weight, _) in weights.items()}
-        bill = self._bill(tuple(bill for _, bill in weights.values()))
+        decode = partial(self._weight, allowance=self._allowance.copy())
+        weights = in_threads(decode, self.weights, lambda name: prod(self.shapes[name]), threads)
+        found |= {name: weight for name, (weight, _) in zip(self.weights, weights, strict=True)}
+        bill = self._bill(tuple(bill for _, bill in weights))
         return Contents({name: found[name] for name in self._index.names}, self.dtypes, self.aliases), bill
 
 
-def read(path: Path, most_bytes: int | None = None) -> tuple[Contents, Bill]:
-    """What the file holds, and where its bytes are; `most_bytes` and errors as for `File`."""
-    return File(path, most_bytes).contents()
+def read(path: Path, most_bytes: int | None = None, threads: int = 1) -> tuple[Contents, Bill]:
+    """What the file holds, and where its bytes are; `most_bytes` and errors as for `File`, `threads` for `contents`."""
+    return File(path, most_bytes).contents(threads)

@@ -6,6 +6,7 @@ integer and exact tensors, its values (widened where NumPy lacks the dtype); `dt
 """
 
 from collections.abc import Iterator, Mapping
+from math import prod
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch.nn.utils import parametrize
 from factorpack.errors import FormatError, MismatchError, UnsupportedError
 from factorpack.factors import FactoredVector, FactoredWeight
 from factorpack.runtime.packed import PackedWeight
+from factorpack.threads import in_threads
 
 Stored = FactoredWeight | FactoredVector | np.ndarray
 Home = tuple[nn.Module, str]
@@ -43,7 +45,7 @@ def state_dict(
     Raises FormatError where a dtype or the target of an alias is unknown.
     """
     _check_file(tensors, dtypes, aliases)
-    dense = {name: _dense(stored, _dtype(name, dtypes)) for name, stored in tensors.items()}
+    dense = _all_dense(tensors, dtypes)
     return dense | {tied: dense[stored] for tied, stored in aliases.items()}
 
 
@@ -126,8 +128,20 @@ def _values(stored: Stored) -> np.ndarray:
 
 
 def _dense(stored: Stored, dtype: torch.dtype) -> torch.Tensor:
-    # A copy: decoded arrays may be read-only, which torch warns of.
-    return torch.from_numpy(np.array(_values(stored))).to(dtype)
+    # A copy of what is stored as it is: that may be read-only, which torch warns of.
+    values = stored.copy() if isinstance(stored, np.ndarray) else stored.tensor()
+    return torch.from_numpy(values).to(dtype)
+
+
+def _all_dense(tensors: Mapping[str, Stored], dtypes: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """As many at once as torch has threads, where they are large."""
+    dense = in_threads(
+        lambda name: _dense(tensors[name], _dtype(name, dtypes)),
+        tensors,
+        lambda name: prod(tensors[name].shape),
+        torch.get_num_threads(),
+    )
+    return dict(zip(tensors, dense, strict=True))
 
 
 def _expected(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -208,7 +222,7 @@ def _copy(
     model: nn.Module, sources: Mapping[str, str], tensors: Mapping[str, Stored], dtypes: Mapping[str, str]
 ) -> None:
     """Copy dense values into the model's own tensors."""
-    dense = {source: _dense(tensors[source], _dtype(source, dtypes)) for source in sources.values()}
+    dense = _all_dense({source: tensors[source] for source in sources.values()}, dtypes)
     model.load_state_dict({name: dense[source] for name, source in sources.items()}, strict=False)
 
 
