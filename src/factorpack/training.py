@@ -31,7 +31,7 @@ from factorpack.nn.norms import Norms
 from factorpack.nn.prefix import copy_of
 from factorpack.nn.statistics import call_model
 from factorpack.nn.trainable import TrainableModel
-from factorpack.nn.training import Clipper, Learner, Objective, highest_rate, optimiser, warmed_cosine
+from factorpack.nn.training import SECOND, Clipper, Learner, Objective, highest_rate, optimiser, pace_at
 from factorpack.pipeline import load, silent
 from factorpack.search import Progress
 from factorpack.store import Note, unheard
@@ -90,6 +90,7 @@ class State:
     step: int = 0
     seconds: float = 0.0
     judged: int = 0
+    rested: bool = False
     best_step: int = 0
     held_loss_before: float = math.inf
     held_loss: float = math.inf
@@ -212,6 +213,8 @@ class Run:
         self._resume_or_begin()
         state = self.state
         while not self._over():
+            if self.norms.placed and self._done() >= SECOND:
+                self._rest()
             if state.step % self.look == 0:
                 if state.step:
                     # At first the prices are those of the file.
@@ -220,7 +223,7 @@ class Run:
                         self._judge()
                         self._keep()
                 self.controller.goal = self._goal()
-                self.controller.seen(self.compressed.coded_bytes(), warmed_cosine(self._done()))
+                self.controller.seen(self.compressed.coded_bytes(), self._pace())
             self._step()
         self.compressed.reprice()
         self._judge()
@@ -282,18 +285,34 @@ class Run:
             self.optimiser.step()
         self.state.step += 1
 
+    def _rest(self) -> None:
+        """Takes the network to the file that it is now, where the second descent begins."""
+        self._settle()
+        self.norms.leave()
+        self.compressed.rest()
+        self.optimiser.state.clear()
+        self.state.rested = True
+
     def _rate(self) -> float:
         """The learning rate of codes now."""
         done, highest = self._done(), self.options.learning_rate
         if highest is None:
             # In a training of minutes, as many steps as there will be at the pace so far.
             steps = self.steps if self.steps is not None else self.state.step / max(done, 1e-9)
-            highest = highest_rate(steps, norms_by_batches=bool(self.norms.placed))
-        return highest * warmed_cosine(done)
+            highest = highest_rate(steps, self._by_batches)
+        return highest * self._pace()
+
+    def _pace(self) -> float:
+        return pace_at(self._done(), self._by_batches)
+
+    @property
+    def _by_batches(self) -> bool:
+        """Whether batch norms go by batches, now or until the second descent."""
+        return bool(self.norms.placed) or self.state.rested
 
     def _goal(self) -> float:
         """Bytes that the codes are to take now."""
-        slack = LAST_SLACK + (SLACK - LAST_SLACK) * warmed_cosine(self._done())
+        slack = LAST_SLACK + (SLACK - LAST_SLACK) * self._pace()
         return max(self.size * (1 - slack) - self.rest, 1.0)
 
     def _expected(self) -> int:

@@ -76,6 +76,36 @@ def test_small_tensors_in_training_are_what_their_factors_are(logarithmic: bool)
     torch.testing.assert_close(latent().detach(), torch.from_numpy(latent.factored().tensor()))
 
 
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_at_rest_latents_are_in_the_middle_of_what_they_stand_for(name: str) -> None:
+    latent = TrainableWeight(WEIGHTS[name])
+    moved(latent, 1.0)
+    with torch.no_grad():
+        before, factors = latent(), latent.factored()
+        latent.rest()
+        torch.testing.assert_close(latent(), before)
+    assert_same_weight(latent.factored(), factors)
+    for sign in (-1, 1):
+        latent.rest()
+        with torch.no_grad():
+            unit = torch.exp2(latent.octaves)
+            for parameter in latent.basis:
+                parameter.add_(sign * 0.49 * (unit if latent.codes is None else 1.0))
+            if latent.codes is not None:
+                latent.codes.add_(sign * 0.49 * unit)
+        assert_same_weight(latent.factored(), factors)
+
+
+def test_at_rest_small_tensors_are_in_the_middle_too() -> None:
+    latent = TrainableVector(vector(np.random.default_rng(0), True))
+    moved(latent, 3.0)
+    found = latent.factored()
+    latent.rest()
+    with torch.no_grad():
+        latent.levels.add_(0.49)
+    np.testing.assert_array_equal(latent.factored().integers, found.integers)
+
+
 def test_codes_near_zero_can_be_left_out() -> None:
     latent = TrainableWeight(WEIGHTS[next(name for name in WEIGHTS if name.startswith("direct; embedding;"))])
     with torch.no_grad():

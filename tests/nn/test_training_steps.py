@@ -16,6 +16,8 @@ from factorpack.nn.trainable import TrainableModel
 from factorpack.nn.training import (
     FURTHER,
     HIGHEST,
+    LOWER,
+    SECOND,
     TRAVEL,
     Clipper,
     Learner,
@@ -23,6 +25,7 @@ from factorpack.nn.training import (
     highest_rate,
     optimiser,
     orthogonality,
+    pace_at,
     warmed_cosine,
 )
 from factorpack.tiling import Tiling
@@ -105,10 +108,21 @@ def test_rates_rise_and_fall() -> None:
     assert all(a >= b for a, b in zip(found[2:], found[3:], strict=False))
 
 
+def test_rates_fall_twice() -> None:
+    found = np.array([pace_at(done / 1000, norms_by_batches=True) for done in range(1001)])
+    (falls,) = np.nonzero(np.diff(np.sign(np.diff(found))) < 0)
+    assert falls.size == 2
+    first, second = found[falls + 1]
+    assert (first, second) == (pytest.approx(1, abs=1e-3), pytest.approx(LOWER, abs=1e-3))
+    # Both come to their ends.
+    assert found[int(1000 * SECOND) - 1] == pytest.approx(0.01, abs=1e-3)
+    assert found[-1] == pytest.approx(0.01 * LOWER)
+
+
 @pytest.mark.parametrize(("by_batches", "travel"), [(False, TRAVEL), (True, FURTHER)])
 @pytest.mark.parametrize("steps", [5000, 50_000])
 def test_codes_travel_as_far_in_a_longer_training(steps: int, by_batches: bool, travel: float) -> None:
-    travelled = highest_rate(steps, by_batches) * sum(warmed_cosine(step / steps) for step in range(steps))
+    travelled = highest_rate(steps, by_batches) * sum(pace_at(step / steps, by_batches) for step in range(steps))
     assert travelled == pytest.approx(travel, rel=0.03)
     assert all(highest_rate(short, by_batches) == HIGHEST for short in (0, 1, 1000))
 

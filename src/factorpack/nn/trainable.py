@@ -93,6 +93,12 @@ def _unit(octaves: Tensor) -> Tensor:
     return torch.exp2(torch.round(octaves.detach() * STEPS_PER_OCTAVE) / STEPS_PER_OCTAVE)
 
 
+def _at_rest(latents: Tensor, octaves: Tensor) -> Tensor:
+    """The middles of the cells that latents are in."""
+    unit = _unit(octaves)
+    return torch.round(latents / unit) * unit
+
+
 def _through(latents: Tensor) -> Tensor:
     """Rounded; the gradient passes."""
     return latents + (torch.round(latents) - latents).detach()
@@ -263,6 +269,15 @@ class TrainableWeight(nn.Module):
             self.octaves.grad -= math.log(2) * rate / unit * torch.dot(slopes.view(-1), self.codes.view(-1))
         self.codes.grad.add_(slopes, alpha=rate / unit)
 
+    @torch.no_grad()
+    def rest(self) -> None:
+        """Takes latents to what `factored` makes of them."""
+        self.octaves.copy_((self.octaves * STEPS_PER_OCTAVE).round() / STEPS_PER_OCTAVE)
+        for latent in self.basis:
+            latent.copy_(latent.round() if self.codes is not None else _at_rest(latent, self.octaves))
+        if self.codes is not None:
+            self.codes.copy_(_at_rest(self.codes, self.octaves))
+
     def factored(self, threshold: float = 0.5) -> FactoredWeight:
         """The factors at rest. Codes below `threshold` steps are zero."""
         shift = round(STEPS_PER_OCTAVE * self.octaves.item())
@@ -329,6 +344,11 @@ class TrainableVector(nn.Module):
         else:
             levels = values / self._step
         self.levels.copy_(levels.reshape(self.levels.shape))
+
+    @torch.no_grad()
+    def rest(self) -> None:
+        """Takes latents to what `factored` makes of them."""
+        self.levels.round_()
 
     def factored(self) -> FactoredVector:
         """The small tensor at rest."""
@@ -432,6 +452,11 @@ class TrainableModel(nn.Module):
                 if fresh:
                     latent.take_slopes()
                 latent.price(rate)
+
+    def rest(self) -> None:
+        """Takes all latents to the integers, and the steps, that they stand for now."""
+        for latent in self.trained().values():
+            latent.rest()
 
     def factored(self, threshold: float = 0.5) -> dict[str, Stored]:
         """Every tensor of the file at rest."""

@@ -21,11 +21,15 @@ WARM_UP = 0.02
 """Part of a training in which rates rise."""
 LAST = 0.01
 """Part of the rates that is left at the end."""
+SECOND, LOWER = 0.9, 0.4
+"""Where batch norms go by batches, rates fall anew from this part of a training on, from this part of the highest, with
+norms as in the file. Latents are taken to the middles of their cells before, where few codes have way enough to leave
+them: the rest of the network comes to terms with those that there are."""
 BASES, SMALL, STEPS = 0.5, 5.0, 0.02
 """Rates of bases, small tensors and log2 of steps, in units of the rate of codes. Steps are slow: the price pulls all
 of them one way from the first batch on, while what coarser ones cost only shows once latents have left the middles of
 their cells."""
-TRAVEL, FURTHER, HIGHEST = 8.0, 24.0, 0.01
+TRAVEL, FURTHER, HIGHEST = 8.0, 22.5, 0.01
 """Grid steps that a code can go in a training, the same where batch norms go by batches, and its highest rate. Codes go
 to and fro at the edges of their cells, and what is kept is a draw of where they were (docs/log.md)."""
 BETAS = (0.9, 0.999)
@@ -114,8 +118,9 @@ def orthogonality(model: TrainableModel) -> Tensor:
 
 def highest_rate(steps: float, norms_by_batches: bool) -> float:
     """The rate of codes at its highest, in steps of their grid, for a training of so many steps."""
-    # Between warm-up and the end the mean of the schedule is a half.
-    return min(HIGHEST, 2 * (FURTHER if norms_by_batches else TRAVEL) / max(steps, 1.0))
+    # Between warm-up and the end the mean of a descent is a half of its height.
+    mean = (SECOND + LOWER * (1 - SECOND)) / 2 if norms_by_batches else 0.5
+    return min(HIGHEST, (FURTHER if norms_by_batches else TRAVEL) / (mean * max(steps, 1.0)))
 
 
 def optimiser(model: TrainableModel, rate: float) -> AdamW:
@@ -138,8 +143,17 @@ def optimiser(model: TrainableModel, rate: float) -> AdamW:
     )
 
 
-def warmed_cosine(done: float) -> float:
+def pace_at(done: float, norms_by_batches: bool) -> float:
     """The factor of the learning rates when the part `done` of a training is over."""
+    if not norms_by_batches:
+        return warmed_cosine(done)
+    if done < SECOND:
+        return warmed_cosine(done / SECOND)
+    return LOWER * warmed_cosine((done - SECOND) / (1 - SECOND))
+
+
+def warmed_cosine(done: float) -> float:
+    """The factor of the rates of a descent of which the part `done` is over."""
     if done < WARM_UP:
         return max(done / WARM_UP, 0.01)
     return LAST + (1 - LAST) * 0.5 * (1 + math.cos(math.pi * min((done - WARM_UP) / (1 - WARM_UP), 1.0)))
