@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,24 @@ def test_norms_stay_as_in_the_file_where_moments_cost_more(
     for name, latent in factorpack.trainable(Network(), file).trained().items():
         for mine, theirs in zip(run.compressed.trained()[name].parameters(), latent.parameters(), strict=True):
             assert torch.equal(mine, theirs), name
+
+
+def test_the_last_tenth_has_norms_as_in_the_file_and_begins_at_rest(task: Task, file: Path, tmp_path: Path) -> None:
+    class Watched(Run):
+        def _step(self) -> None:
+            weight = self.compressed.trained()["convolutions.0.weight"]
+            steps = (weight.codes / torch.exp2((64 * weight.octaves).round() / 64)).detach()
+            seen.append((len(self.norms.placed), self._rate(), float((steps - steps.round()).abs().max())))
+            super()._step()
+
+    seen: list[tuple[int, float, float]] = []
+    options = TrainingOptions(steps=100, learning_rate=0.02)
+    Watched(task.model(), file, tmp_path / "out.fpk", Lessons(task.training), options).train()
+    placed, rates, off = zip(*seen, strict=True)
+    assert placed == (2,) * 90 + (0,) * 10
+    assert rates[89] < 0.001 < 0.0075 < max(rates[90:]) <= 0.008
+    assert off[89] > 0.1
+    assert off[90] < 1e-4
 
 
 def test_zeros_wake_up_and_codes_change(task: Task, file: Path, tmp_path: Path) -> None:
@@ -220,6 +239,25 @@ def test_a_run_that_was_killed_goes_on_to_the_same_file(digits_task, file: Path,
     )
     assert killed.read_bytes() == whole.read_bytes()
     assert not state.exists()
+
+
+def test_a_run_that_ended_in_its_last_tenth_goes_on_to_the_same_file(task: Task, file: Path, tmp_path: Path) -> None:
+    class Ended(Run):
+        def _step(self) -> None:
+            if self.state.step == 97:
+                raise MemoryError
+            super()._step()
+
+    whole, ended = tmp_path / "whole.fpk", tmp_path / "ended.fpk"
+    options, lessons = TrainingOptions(steps=100, learning_rate=0.02), Lessons(task.training)
+    Run(task.model(), file, whole, lessons, options).train()
+    with pytest.raises(MemoryError):
+        Ended(task.model(), file, ended, lessons, options).train()
+    last = Run(task.model(), file, ended, lessons, replace(options, resume=True))
+    last.train()
+    assert last.state.rested
+    assert int(logged(ended)[-2]["step"]) >= 90
+    assert ended.read_bytes() == whole.read_bytes()
 
 
 class Stopped:
