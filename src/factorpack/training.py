@@ -31,7 +31,7 @@ from factorpack.nn.norms import Norms
 from factorpack.nn.prefix import copy_of
 from factorpack.nn.statistics import call_model
 from factorpack.nn.trainable import TrainableModel
-from factorpack.nn.training import SECOND, Clipper, Learner, Objective, highest_rate, optimiser, pace_at
+from factorpack.nn.training import LONG, SECOND, Clipper, Learner, Objective, highest_rate, optimiser, pace_at
 from factorpack.pipeline import load, silent
 from factorpack.search import Progress
 from factorpack.store import Note, unheard
@@ -213,7 +213,7 @@ class Run:
         self._resume_or_begin()
         state = self.state
         while not self._over():
-            if self.norms.placed and self._done() >= SECOND:
+            if self.norms.placed and self._twice and self._done() >= SECOND:
                 self._rest()
             if state.step % self.look == 0:
                 if state.step:
@@ -223,7 +223,7 @@ class Run:
                         self._judge()
                         self._keep()
                 self.controller.goal = self._goal()
-                self.controller.seen(self.compressed.coded_bytes(), self._pace())
+                self.controller.seen(self.compressed.coded_bytes(), pace_at(self._done(), self._twice))
             self._step()
         self.compressed.reprice()
         self._judge()
@@ -297,22 +297,22 @@ class Run:
         """The learning rate of codes now."""
         done, highest = self._done(), self.options.learning_rate
         if highest is None:
-            # In a training of minutes, as many steps as there will be at the pace so far.
-            steps = self.steps if self.steps is not None else self.state.step / max(done, 1e-9)
-            highest = highest_rate(steps, self._by_batches)
-        return highest * self._pace()
-
-    def _pace(self) -> float:
-        return pace_at(self._done(), self._by_batches)
+            highest = highest_rate(self._steps_in_all, norms_by_batches=bool(self.norms.placed) or self.state.rested)
+        return highest * pace_at(done, self._twice)
 
     @property
-    def _by_batches(self) -> bool:
-        """Whether batch norms go by batches, now or until the second descent."""
-        return bool(self.norms.placed) or self.state.rested
+    def _steps_in_all(self) -> float:
+        """In a training of minutes, as many as there will be at the pace so far."""
+        return self.steps if self.steps is not None else self.state.step / max(self._done(), 1e-9)
+
+    @property
+    def _twice(self) -> bool:
+        """Whether rates fall twice."""
+        return self.state.rested or (bool(self.norms.placed) and self._steps_in_all >= LONG)
 
     def _goal(self) -> float:
         """Bytes that the codes are to take now."""
-        slack = LAST_SLACK + (SLACK - LAST_SLACK) * self._pace()
+        slack = LAST_SLACK + (SLACK - LAST_SLACK) * pace_at(self._done(), self._twice)
         return max(self.size * (1 - slack) - self.rest, 1.0)
 
     def _expected(self) -> int:

@@ -109,7 +109,7 @@ def test_rates_rise_and_fall() -> None:
 
 
 def test_rates_fall_twice() -> None:
-    found = np.array([pace_at(done / 1000, norms_by_batches=True) for done in range(1001)])
+    found = np.array([pace_at(done / 1000, twice=True) for done in range(1001)])
     (falls,) = np.nonzero(np.diff(np.sign(np.diff(found))) < 0)
     assert falls.size == 2
     first, second = found[falls + 1]

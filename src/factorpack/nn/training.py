@@ -21,10 +21,11 @@ WARM_UP = 0.02
 """Part of a training in which rates rise."""
 LAST = 0.01
 """Part of the rates that is left at the end."""
-SECOND, LOWER = 0.9, 0.4
-"""Where batch norms go by batches, rates fall anew from this part of a training on, from this part of the highest, with
-norms as in the file. Latents are taken to the middles of their cells before, where few codes have way enough to leave
-them: the rest of the network comes to terms with those that there are."""
+SECOND, LOWER, LONG = 0.9, 0.4, 4800
+"""Where batch norms go by batches, in a training of so many steps, rates fall anew from this part of it on, from this
+part of the highest, with norms as in the file. Latents are taken to the middles of their cells before, where few codes
+have way enough to leave them: the rest of the network comes to terms with those that there are. In a short training the
+end of the first descent is worth more (docs/log.md)."""
 BASES, SMALL, STEPS = 0.5, 5.0, 0.02
 """Rates of bases, small tensors and log2 of steps, in units of the rate of codes. Steps are slow: the price pulls all
 of them one way from the first batch on, while what coarser ones cost only shows once latents have left the middles of
@@ -143,9 +144,9 @@ def optimiser(model: TrainableModel, rate: float) -> AdamW:
     )
 
 
-def pace_at(done: float, norms_by_batches: bool) -> float:
-    """The factor of the learning rates when the part `done` of a training is over."""
-    if not norms_by_batches:
+def pace_at(done: float, twice: bool) -> float:
+    """The factor of the learning rates, which fall once or `twice`, when the part `done` of a training is over."""
+    if not twice:
         return warmed_cosine(done)
     if done < SECOND:
         return warmed_cosine(done / SECOND)
