@@ -21,6 +21,7 @@ from factorpack.factors import (
     OneHotCodes,
     exponents_of,
     octave,
+    parts,
     steps_of,
 )
 from factorpack.tiling import Tiling
@@ -292,18 +293,20 @@ def test_a_vector_without_sense_is_refused(shape, count, exponent, offset, logar
         FactoredVector(shape, np.zeros(count, np.int32), exponent, offset, logarithmic)
 
 
-def test_large_weights_are_recombined_in_parts(monkeypatch):
-    for name, weight in laws.weights(0):
-        whole = weight.tensor()
-        monkeypatch.setattr("factorpack.factors.ENTRIES_AT_ONCE", 2 * weight.tiling.tiled_shape[0])
-        np.testing.assert_array_equal(weight.tensor(), whole, err_msg=name)
-        monkeypatch.undo()
+@pytest.mark.parametrize("entries", [1, 8, 50])
+def test_weights_are_recombined_in_parts(monkeypatch, entries):
+    def counted(*given):
+        found = list(parts(*given))
+        numbers.append(len(found))
+        return found
 
-
-def test_a_weight_is_the_same_in_blocks_of_any_size(monkeypatch):
+    numbers = []
     weights = dict(laws.weights(0))
     whole = {name: weight.tensor() for name, weight in weights.items()}
-    monkeypatch.setattr("factorpack.factors.ENTRIES_IN_CACHE", 8)
+    monkeypatch.setattr("factorpack.factors.ENTRIES_IN_CACHE", entries)
     monkeypatch.setattr("factorpack.factors.LEAST_COLUMNS", 1)
+    monkeypatch.setattr("factorpack.factors.parts", counted)
     for name, weight in weights.items():
-        assert np.array_equal(weight.tensor(), whole[name]), name
+        np.testing.assert_array_equal(weight.tensor(), whole[name], err_msg=name)
+    assert len(numbers) == len(weights)
+    assert np.mean(np.array(numbers) > 1) > 0.9

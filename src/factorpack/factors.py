@@ -36,9 +36,9 @@ ENTRIES_IN_CACHE, LEAST_COLUMNS = 1 << 16, 32
 processor's cache."""
 
 
-def parts(lines: int, entries: int) -> Iterator[slice]:
-    """Lines of so many entries, some of them at a time."""
-    at_once = max(ENTRIES_AT_ONCE // max(entries, 1), 1)
+def parts(lines: int, entries: int, most: int | None = None, least: int = 1) -> Iterator[slice]:
+    """Lines of so many entries, some of them at a time: `most` entries (`ENTRIES_AT_ONCE`), but `least` lines."""
+    at_once = max((most or ENTRIES_AT_ONCE) // max(entries, 1), least)
     return (slice(start, start + at_once) for start in range(0, lines, at_once))
 
 
@@ -297,10 +297,8 @@ class FactoredWeight:
         tiles = np.empty((count, depth), np.float32).T if along else np.empty((depth, count), np.float32)
         by_rows = exact is None and not along
         lines, entries = (depth, count) if by_rows else (count, depth)
-        at_once = max(ENTRIES_IN_CACHE // entries, 1 if by_rows else LEAST_COLUMNS)
-        for start in range(0, lines, at_once):
-            part, every = slice(start, start + at_once), slice(None)
-            block = (part, every) if by_rows else (every, part)
+        for part in parts(lines, entries, ENTRIES_IN_CACHE, 1 if by_rows else LEAST_COLUMNS):
+            block = (part, slice(None)) if by_rows else (slice(None), part)
             if isinstance(codes, OneHotCodes):
                 assert exact is not None
                 product = exact[:, codes.indices[part]]

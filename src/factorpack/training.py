@@ -223,7 +223,7 @@ class Run:
                         self._judge()
                         self._keep()
                 self.controller.goal = self._goal()
-                self.controller.seen(self.compressed.coded_bytes(), pace_at(self._done(), self._twice))
+                self.controller.seen(self.compressed.coded_bytes(), self._pace)
             self._step()
         self.compressed.reprice()
         self._judge()
@@ -295,10 +295,15 @@ class Run:
 
     def _rate(self) -> float:
         """The learning rate of codes now."""
-        done, highest = self._done(), self.options.learning_rate
+        highest = self.options.learning_rate
         if highest is None:
             highest = highest_rate(self._steps_in_all, norms_by_batches=bool(self.norms.placed) or self.state.rested)
-        return highest * pace_at(done, self._twice)
+        return highest * self._pace
+
+    @property
+    def _pace(self) -> float:
+        """The part of the highest rates that they are at now."""
+        return pace_at(self._done(), self._twice)
 
     @property
     def _steps_in_all(self) -> float:
@@ -312,7 +317,7 @@ class Run:
 
     def _goal(self) -> float:
         """Bytes that the codes are to take now."""
-        slack = LAST_SLACK + (SLACK - LAST_SLACK) * pace_at(self._done(), self._twice)
+        slack = LAST_SLACK + (SLACK - LAST_SLACK) * self._pace
         return max(self.size * (1 - slack) - self.rest, 1.0)
 
     def _expected(self) -> int:
