@@ -167,7 +167,9 @@ def test_an_interrupt_ends_the_workers(digits_task, tmp_path):
         "    network = quick()\n    network.register_forward_pre_hook(lambda *_: time.sleep(2))\n    return network\n"
     )
     arguments = ["compress", str(slow), "--size", "6KB", "--jobs", "2", "--form", "vq"]
-    code = "from factorpack.cli import main; main()"
+    # What a shell without job control starts in the background ignores interrupts, and so would this.
+    heeded = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heeded}; from factorpack.cli import main; main()"
     run = subprocess.Popen(
         [sys.executable, "-c", code, *arguments, "--out", str(tmp_path / "m.fpk")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True,
