@@ -41,8 +41,9 @@ import factorpack.solve.layer
 from factorpack.curve import score
 from factorpack.errors import BudgetError
 from factorpack.nn.state import State
+from factorpack.options import Options
 from factorpack.pipeline import Source, finish, one_thread
-from factorpack.search import Options, pack
+from factorpack.search import pack
 from factorpack.sizes import parse_size
 from factorpack.solve.layer import Layer
 from factorpack.solve.objective import Metric

@@ -15,8 +15,9 @@ from pathlib import Path
 import matplotlib as mpl
 
 from factorpack.curve import score
+from factorpack.options import Options
 from factorpack.pipeline import Source, finish, one_thread
-from factorpack.search import Options, pack
+from factorpack.search import pack
 from factorpack.sizes import parse_size
 from factorpack.task import Task, load_task
 

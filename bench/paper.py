@@ -28,10 +28,12 @@ from pathlib import Path
 import torch
 
 import factorpack
+from factorpack.assembly import VECTOR_SHARE
 from factorpack.container import Contents, to_bytes, write
 from factorpack.nn.state import State
+from factorpack.options import Options
 from factorpack.pipeline import Source, one_thread
-from factorpack.search import VECTOR_SHARE, Options, rates_of
+from factorpack.search import rates_of
 from factorpack.solve.objective import Metric
 from factorpack.solve.projected_gradient import GradientSettings, solve
 from factorpack.solve.vectors import quantise

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from factorpack.nn.statistics import call_model
+from factorpack.options import Options
 from factorpack.pipeline import Source, finish, load, one_thread
-from factorpack.search import Options, pack
+from factorpack.search import pack
 from factorpack.sizes import parse_size
 from factorpack.task import load_task
 

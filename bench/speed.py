@@ -29,8 +29,9 @@ from factorpack.bench.registry import PEERS
 from factorpack.bench.runs import WORK
 from factorpack.container import read
 from factorpack.nn.loading import state_dict
+from factorpack.options import Options
 from factorpack.pipeline import Source, one_thread
-from factorpack.search import Options, pack
+from factorpack.search import pack
 from factorpack.sizes import parse_size
 from factorpack.task import Task, load_task
 

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from factorpack import compress
+from factorpack.assembly import Assembly, Packed
+from factorpack.candidates import Candidate, Rung, size_at
 from factorpack.container import read, write
 from factorpack.errors import BudgetError, UnsupportedError
 from factorpack.nn.folding import fold_batch_norms
@@ -17,8 +19,10 @@ from factorpack.nn.loading import place_dense
 from factorpack.nn.prefix import Prefix, copy_of
 from factorpack.nn.state import SmallTensor, State, read_state
 from factorpack.nn.statistics import collect
+from factorpack.options import Options
 from factorpack.plan import ModelPlan
-from factorpack.search import Candidate, Options, Packed, Rung, _between, _Search, _size_at, pack, pack_plan, rung
+from factorpack.pool import Pool
+from factorpack.search import _between, pack, pack_plan, rung
 from factorpack.solve.layer import Layer
 from factorpack.solve.objective import Metric
 from factorpack.task import load_task
@@ -247,13 +251,13 @@ def test_a_plan_that_is_followed_gives_equal_bytes(state, files, digits_state, d
 
 
 def test_a_walk_meets_its_room(digits_state, rungs):
-    search = _Search(digits_state, Options(), silent)
+    pool = Pool(digits_state, Options(), silent)
     for step in rungs:
         for name, candidate in step.layers.items():
-            search.found[name].append(candidate)
+            pool.found[name].append(candidate)
     before = sum(candidate.size_bytes for candidate in rungs[2].layers.values())
     for share in (0.97, 1.0, 1.03):
-        chosen = search.walk(rungs[2].rate, share * before)
+        chosen = pool.walk(rungs[2].rate, share * before)
         assert list(chosen) == list(digits_state.layers)
         assert sum(candidate.size_bytes for candidate in chosen.values()) == pytest.approx(share * before, rel=0.01)
 
@@ -267,11 +271,11 @@ def test_a_deep_chain_is_walked_once(monkeypatch):
     batches = [torch.randn(128, 64) for _ in range(2)]
     walks = []
 
-    def counted(search, *arguments, walk=_Search.walk):
+    def counted(pool, *arguments, walk=Pool.walk):
         walks.append(arguments)
-        return walk(search, *arguments)
+        return walk(pool, *arguments)
 
-    monkeypatch.setattr(_Search, "walk", counted)
+    monkeypatch.setattr(Pool, "walk", counted)
     size = 24 * 64 * 65 // 4
     packed = compress(nn.Sequential(*layers).eval(), size, batches, output="embedding")
     assert 0.995 * size <= packed.report.size_bytes <= size
@@ -288,8 +292,8 @@ def test_files_from_rungs_keep_their_size(digits_state, rungs):
 
 def test_a_rung_knows_the_size_of_its_file(digits_state, rungs):
     step = rungs[2]
-    stored = _Search(digits_state, Options(), silent)
-    data = stored._written(step.layers, stored.vectors(step.rate))
+    assembly = Assembly(digits_state)
+    data = assembly.written(step.layers, assembly.vectors(step.rate))
     assert len(data) == pytest.approx(step.size_bytes, abs=16)
 
 
@@ -318,6 +322,6 @@ def test_between_rungs_sizes_go_by_the_logarithm():
 def test_sizes_of_a_layer_between_its_rates():
     # At each λ the cheapest counts, whatever is small and useless.
     found = [candidate(1e-2, 100.0, 1.0), candidate(1e-2, 90.0, 99.0), candidate(1e-4, 400.0, 0.1)]
-    assert _size_at(found, 1e-3) == pytest.approx(200)
-    assert _size_at(found, 1.0) == pytest.approx(100)
-    assert _size_at(found, 1e-9) == pytest.approx(400)
+    assert size_at(found, 1e-3) == pytest.approx(200)
+    assert size_at(found, 1.0) == pytest.approx(100)
+    assert size_at(found, 1e-9) == pytest.approx(400)

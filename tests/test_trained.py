@@ -8,7 +8,7 @@ from digits import Network, data
 from torch.nn import functional as F
 
 import factorpack
-from factorpack.search import Options
+from factorpack.options import Options
 from factorpack.task import Task, load_task
 
 

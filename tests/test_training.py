@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import factorpack
 from factorpack.errors import BudgetError, TaskError, UnsupportedError
-from factorpack.search import Options
+from factorpack.options import Options
 from factorpack.task import Task, load_task
 from factorpack.training import Run, finetune
 from factorpack.training_options import Lessons, TrainingOptions

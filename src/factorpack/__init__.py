@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from factorpack.hf.loading import from_pretrained, sentence_transformer
     from factorpack.nn.loading import kept_dense, resident_bytes
     from factorpack.nn.trainable import TrainableModel
+    from factorpack.options import Options
     from factorpack.pipeline import PackedModel, PackedTensors, Report, compress, load, load_state_dict, open_file
     from factorpack.reporting import report
-    from factorpack.search import Options
     from factorpack.trained import save, trainable
     from factorpack.training import finetune
     from factorpack.training_options import Lessons, TrainingOptions, TrainingReport
@@ -65,7 +65,7 @@ _HOMES = {
     "FileReport": "factorpack.evaluate.report",
     "Lessons": "factorpack.training_options",
     "OnnxReport": "factorpack.export.onnx",
-    "Options": "factorpack.search",
+    "Options": "factorpack.options",
     "PackedModel": "factorpack.pipeline",
     "PackedTensors": "factorpack.pipeline",
     "Report": "factorpack.pipeline",

@@ -25,14 +25,17 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from factorpack import __version__
+from factorpack.assembly import Packed
+from factorpack.candidates import Candidate, Rung, resolved
 from factorpack.container import Contents, make_folder, read, to_bytes
 from factorpack.errors import UnsupportedError
 from factorpack.factors import FactoredWeight
 from factorpack.nn.moments import KINDS, WeightStatistics
 from factorpack.nn.state import State
 from factorpack.nn.statistics import Sample, Statistics
+from factorpack.options import Options, Progress
 from factorpack.pipeline import Source, one_thread
-from factorpack.search import Candidate, Options, Packed, Progress, Rung, pack, rates_of, resolved, rung
+from factorpack.search import pack, rates_of, rung
 from factorpack.store import Note, Store
 from factorpack.workers import ALONE, Workers
 

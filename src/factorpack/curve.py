@@ -17,13 +17,15 @@ from typing import Any
 
 import numpy as np
 
+from factorpack.assembly import Packed
 from factorpack.cache import Analysis, analyse, cached_state, opened
 from factorpack.container import write
 from factorpack.errors import BudgetError, TaskError, UnsupportedError
 from factorpack.nn.state import State
+from factorpack.options import Options, Progress
 from factorpack.pipeline import Source, dense_bytes, load, one_thread
 from factorpack.plan import ModelPlan
-from factorpack.search import Options, Packed, Progress, pack, pack_plan
+from factorpack.search import pack, pack_plan
 from factorpack.sizes import human
 from factorpack.store import Note
 from factorpack.task import Scores, Task

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from factorpack.assembly import Packed
 from factorpack.container import Bill, File, read, write
 from factorpack.errors import UnsupportedError
 from factorpack.evaluate.limit import gaussian_bits_of
@@ -26,8 +27,9 @@ from factorpack.nn.prefix import Prefix, copy_of
 from factorpack.nn.state import State, check_on_disk, check_values, own_bytes, read_on_disk, read_state, read_stored
 from factorpack.nn.statistics import Statistics, collect
 from factorpack.nn.stored import Shaped, StoredTensors
+from factorpack.options import Options, Progress
 from factorpack.plan import ModelPlan
-from factorpack.search import Options, Packed, Progress, pack
+from factorpack.search import pack
 from factorpack.store import Store
 from factorpack.task import Evaluate, Scores, Task, as_scores, checked_output
 from factorpack.workers import ALONE, Workers, working

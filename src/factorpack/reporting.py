@@ -23,9 +23,9 @@ from factorpack.factors import FactoredWeight
 from factorpack.nn.loading import place_dense, state_dict
 from factorpack.nn.prefix import copy_of
 from factorpack.nn.stored import StoredTensors, holds_weights_alone, stored_tensors
+from factorpack.options import Options, Progress
 from factorpack.pipeline import Source, silent
 from factorpack.plan import ModelPlan
-from factorpack.search import Options, Progress
 from factorpack.task import Evaluate, as_scores, checked_output, load_task
 
 

@@ -32,8 +32,8 @@ from factorpack.nn.prefix import copy_of
 from factorpack.nn.statistics import call_model
 from factorpack.nn.trainable import TrainableModel
 from factorpack.nn.training import LONG, SECOND, Clipper, Learner, Objective, highest_rate, optimiser, pace_at
+from factorpack.options import Progress
 from factorpack.pipeline import load, silent
-from factorpack.search import Progress
 from factorpack.store import Note, unheard
 from factorpack.task import Evaluate, as_scores
 from factorpack.trained import at_rest, trainable_of, trimmed, written

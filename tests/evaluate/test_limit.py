@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from factorpack.candidates import pricer
 from factorpack.coding.records import predicted_bits
 from factorpack.errors import MismatchError
 from factorpack.evaluate.limit import gaussian_bits, gaussian_bits_of
-from factorpack.search import pricer
 from factorpack.solve.layer import Layer
 from factorpack.solve.objective import Metric
 from factorpack.tiling import Tiling

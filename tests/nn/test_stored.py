@@ -16,8 +16,9 @@ from factorpack.cli import app
 from factorpack.errors import MismatchError, TaskError
 from factorpack.nn.state import read_state, read_stored
 from factorpack.nn.stored import stored_tensors
+from factorpack.options import Options
 from factorpack.pipeline import Source, silent
-from factorpack.search import Options, pack, pack_plan
+from factorpack.search import pack, pack_plan
 from factorpack.solve.layer import Layer
 
 

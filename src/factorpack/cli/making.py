@@ -168,8 +168,8 @@ def compress(
     from factorpack.container import write
     from factorpack.curve import Goal, Workshop
     from factorpack.hf.folder import check_target, read_folder, write_around
+    from factorpack.options import Options
     from factorpack.pipeline import dense_bytes, finish
-    from factorpack.search import Options
 
     _check_goal(size, ratio, max_drop, plan)
     check_folder(out, "--out")
@@ -271,7 +271,7 @@ def curve(
     """Make and score files of several sizes from one analysis; a run that was stopped goes on where it was."""
     from factorpack.cache import analyse
     from factorpack.curve import check_points, draw_curve, require_plots, sizes_between
-    from factorpack.search import Options
+    from factorpack.options import Options
     from factorpack.workers import working
 
     require_plots()

@@ -15,8 +15,9 @@ from torch import nn
 from factorpack.bench.protocol import Encoded, Subject, peak_bytes, serve
 from factorpack.cache import analyse
 from factorpack.container import write
+from factorpack.options import Options
 from factorpack.pipeline import Source, dense_bytes, load, one_thread, silent
-from factorpack.search import Options, pack
+from factorpack.search import pack
 from factorpack.store import unheard
 
 
