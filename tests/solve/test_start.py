@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 
 from factorpack.errors import MismatchError
+from factorpack.solve import start
 from factorpack.solve.objective import Metric, distortion
 from factorpack.solve.start import (
     kmeans,
@@ -91,6 +92,29 @@ def test_kmeans_repeats_itself_with_equal_seeds() -> None:
     runs = [kmeans(tiles, 6, torch.Generator().manual_seed(seed), iterations=2)[0] for seed in (4, 4, 5)]
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
+
+
+def test_codewords_of_a_sample_are_nearly_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles, weights = rand(2, 8000), rand(1, 8000, seed=1).exp().expand(2, -1)
+
+    def error(most: int) -> float:
+        monkeypatch.setattr(start, "TILES_PER_CODEWORD", most)
+        codewords, indices = kmeans(tiles, 16, torch.Generator().manual_seed(0), weights)
+        assert torch.equal(indices, nearest_codewords(tiles, codewords, weights)[0])
+        return float((weights * (tiles - codewords[:, indices]) ** 2).sum())
+
+    of_all = error(500)
+    assert of_all != error(250) < 1.05 * of_all
+    assert error(4) > 1.2 * of_all
+
+
+def test_the_nearest_codewords_do_not_depend_on_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distances of so many tiles at a time: where one ends does not show."""
+    tiles, codewords, weights = rand(3, 50), rand(3, 5, seed=1), rand(3, 50, seed=2).exp()
+    whole = nearest_codewords(tiles, codewords, weights)
+    monkeypatch.setattr(start, "DISTANCES_AT_ONCE", 35)
+    for found, expected in zip(nearest_codewords(tiles, codewords, weights), whole, strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_weights_pull_codewords_towards_what_counts() -> None:
