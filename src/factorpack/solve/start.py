@@ -117,8 +117,8 @@ def nearest_codewords(
     rank, count = codewords.shape[1], tiles.shape[1]
     weights = torch.ones_like(tiles) if weights is None else weights
     indices = torch.empty(count, dtype=torch.int64)
-    # Σ w·(c² - 2·t·c): what all codewords share is left out. One product, and numpy's argmin, five times as fast as
-    # torch's along a row.
+    # Σ w·(c² - 2·t·c): what all codewords share is left out. One product, and numpy's argmin along a row, which takes a
+    # third of the time of torch's minimum with its index.
     factors = torch.cat([codewords**2, -2 * codewords])
     for part in parts(count, rank, DISTANCES_AT_ONCE):
         costs = torch.cat([weights[:, part], weights[:, part] * tiles[:, part]]).mT @ factors
