@@ -32,10 +32,9 @@ class Candidate:
     rate: float
     make: Callable[[], FactoredWeight]
 
-    @property
-    def cost(self) -> Callable[[float], float]:
-        """Loss + λ·bits, of λ."""
-        return lambda rate: self.loss + 8 * rate * self.size_bytes
+    def cost(self, rate: float) -> float:
+        """Loss + λ·bits at λ = `rate`."""
+        return self.loss + 8 * rate * self.size_bytes
 
 
 @dataclass(frozen=True, eq=False)

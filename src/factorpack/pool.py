@@ -178,7 +178,11 @@ class Pool:
 
         def solved(name: str, layer: Layer) -> Candidate:
             solve = reachable(layer, self.options.rank)[forms[name]]
-            found = self._at(solve, layer, steered())
+
+            def at(rate: float) -> Candidate:
+                return measured(layer, solve(rate), rate)
+
+            found = at(steered())
             if len(chosen) == len(self.state.layers) - 1:
                 # Nothing comes after it: the last layer is asked again until it fills what is left.
                 left = room - sum(candidate.size_bytes for candidate in chosen.values())
@@ -186,7 +190,7 @@ class Pool:
                     if left <= 0 or abs(found.size_bytes - left) <= room * TOLERANCE / 2:
                         break
                     ratio = math.pow(found.size_bytes / left, 1 / ELASTICITY)
-                    found = self._at(solve, layer, found.rate * min(max(ratio, 1 / STEERING), STEERING))
+                    found = at(found.rate * min(max(ratio, 1 / STEERING), STEERING))
             return found
 
         found = self._behind(rate, chosen, solved)
@@ -216,10 +220,6 @@ class Pool:
     def _spread(self, name: str) -> Layer:
         """A layer whose parts go to the workers."""
         return replace(self.state.layers[name], each=self.workers.map)
-
-    @staticmethod
-    def _at(solve: Callable[[float], FactoredWeight], layer: Layer, rate: float) -> Candidate:
-        return measured(layer, solve(rate), rate)
 
     def _behind(
         self, rate: float, chosen: dict[str, Candidate], solved: Callable[[str, Layer], Candidate]

@@ -109,7 +109,6 @@ def test_codewords_of_a_sample_are_nearly_those_of_all(monkeypatch: pytest.Monke
 
 
 def test_the_nearest_codewords_do_not_depend_on_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Distances of so many tiles at a time: where one ends does not show."""
     tiles, codewords, weights = rand(3, 50), rand(3, 5, seed=1), rand(3, 50, seed=2).exp()
     whole = nearest_codewords(tiles, codewords, weights)
     monkeypatch.setattr(start, "DISTANCES_AT_ONCE", 35)
