@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 from typer.testing import CliRunner
@@ -26,7 +27,8 @@ def bench(tmp_path, monkeypatch):
     task.write_text("")
     measured = []
 
-    def measure(self, run):
+    def measure(self, run, threads):
+        assert threads >= 1
         measured.append(run.name)
         return Point(run.peer.name, run.setting, self.key(run), self.versions(run), self.command(run), "c", "m",
                      bytes=100, wrapped_bytes=90, scores={"score": 1.0})  # fmt: skip
@@ -61,15 +63,56 @@ def test_results_are_on_disk_after_each_point(bench, monkeypatch):
     made, _ = bench
     whole = Bench.measure
 
-    def stopped(self, run):
+    def stopped(self, run, threads):
         if run == SECOND:
             raise KeyboardInterrupt
-        return whole(self, run)
+        return whole(self, run, threads)
 
     monkeypatch.setattr(Bench, "measure", stopped)
+    monkeypatch.setattr(runs, "SIDE_BY_SIDE", 1)
     with pytest.raises(KeyboardInterrupt):
         run_all([made], [FIRST, SECOND], nobody, nobody)
     assert [point.peer for point in read_results(made.out / "task.json").points] == ["first"]
+
+
+def test_two_peers_are_measured_side_by_side_and_settings_of_one_after_another(bench, monkeypatch):
+    made, measured = bench
+    whole, met = Bench.measure, Barrier(2)
+    busy: list[str] = []
+
+    def together(self, run, threads):
+        assert run.peer.name not in busy
+        busy.append(run.peer.name)
+        # Both peers are here at the same time, twice, or this is a BrokenBarrierError.
+        met.wait(timeout=20)
+        point = whole(self, run, threads)
+        busy.remove(run.peer.name)
+        return point
+
+    monkeypatch.setattr(Bench, "measure", together)
+    wanted = [Run(run.peer, setting) for run in (FIRST, SECOND) for setting in ("1", "2")]
+    drawn = []
+    (found,) = run_all([made], wanted, nobody, drawn.append)
+    assert sorted(measured[:2]) == ["first:1", "second:1"]
+    assert sorted(measured[2:]) == ["first:2", "second:2"]
+    assert drawn == [found] == [read_results(made.out / "task.json")]
+    assert {(point.peer, point.setting) for point in found.points} == {(run.peer.name, run.setting) for run in wanted}
+    assert made.missing(wanted) == []
+
+
+@pytest.mark.parametrize(("asked", "threads"), [([FIRST], 8), ([FIRST, SECOND], 4)])
+def test_cores_are_shared_by_what_is_measured_at_a_time(bench, monkeypatch, asked, threads):
+    made, _ = bench
+    whole, told = Bench.measure, []
+
+    def measure(self, run, threads):
+        told.append(threads)
+        return whole(self, run, threads)
+
+    monkeypatch.setattr(Bench, "measure", measure)
+    monkeypatch.setattr(runs.joblib, "cpu_count", lambda: 8)
+    run_all([made], asked, nobody, nobody)
+    assert told == [threads] * len(asked)
 
 
 def test_what_changed_is_measured_again(bench, monkeypatch):

@@ -9,11 +9,13 @@ import venv
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
+from threading import Lock
 
 import factorpack
 from factorpack.errors import UnsupportedError
 
 LINES_OF_AN_ERROR = 3
+_MAKING = Lock()
 
 
 def versions(requirements: Sequence[str]) -> dict[str, str]:
@@ -33,23 +35,27 @@ def python_of(folder: Path, name: str, requirements: Sequence[str]) -> Path:
         return Path(sys.executable)
     digest = sha256(repr((sorted(requirements), sys.version, sys.prefix)).encode()).hexdigest()
     place = folder / f"{name}-{digest[:8]}"
-    python = place / "bin" / "python"
-    if not (place / "ready").is_file():
-        shutil.rmtree(place, ignore_errors=True)
-        venv.create(place, symlinks=True)
+    with _MAKING:
+        if not (place / "ready").is_file():
+            _make(place, name, requirements)
         _share(place)
-        # Of `python -m venv`'s two parts only this one is slow, and pip need not be in there to install there.
-        run = subprocess.run(
-            [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps",
-             "--disable-pip-version-check", *requirements],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if run.returncode:
-            lines = [line for line in run.stderr.splitlines() if line.strip()]
-            raise UnsupportedError(f"{name} cannot be installed: {' / '.join(lines[-LINES_OF_AN_ERROR:])}")
-        (place / "ready").write_text("\n".join(requirements) + "\n")
+    return place / "bin" / "python"
+
+
+def _make(place: Path, name: str, requirements: Sequence[str]) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    venv.create(place, symlinks=True)
     _share(place)
-    return python
+    # Of `python -m venv`'s two parts only this one is slow, and pip need not be in there to install there.
+    run = subprocess.run(
+        [sys.executable, "-m", "pip", "--python", str(place / "bin" / "python"), "install", "--quiet", "--no-deps",
+         "--disable-pip-version-check", *requirements],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if run.returncode:
+        lines = [line for line in run.stderr.splitlines() if line.strip()]
+        raise UnsupportedError(f"{name} cannot be installed: {' / '.join(lines[-LINES_OF_AN_ERROR:])}")
+    (place / "ready").write_text("\n".join(requirements) + "\n")
 
 
 def _share(place: Path) -> None:

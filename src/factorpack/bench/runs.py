@@ -1,4 +1,4 @@
-"""Runs peers on tasks, one process after the other, and keeps each point as soon as it is there."""
+"""Runs peers on tasks, two processes at a time, and keeps each point as soon as it is there."""
 
 import json
 import os
@@ -7,12 +7,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+import joblib
 
 import factorpack
 from factorpack.bench.environments import python_of, versions
@@ -24,6 +28,9 @@ WORK = Path(".bench")
 """Environments and analyses, kept between runs."""
 MINUTES = 40
 """What one process may take."""
+SIDE_BY_SIDE = 2
+"""Points that are measured at a time, with an equal share of the cores each: starting a process, and much of what tools
+do, takes but one."""
 LINES_OF_AN_ERROR = 2
 WRAP = (
     "import sys, pathlib, zstandard;"
@@ -31,14 +38,19 @@ WRAP = (
 )
 
 
-def _process(command: Sequence[object]) -> str:
-    """The last line of what it prints. Raises UnsupportedError, with the last lines of its errors, where it fails."""
+def _process(command: Sequence[object], threads: int | None = None) -> str:
+    """The last line of what it prints; it computes in so many threads, or in as many as it likes.
+
+    Raises UnsupportedError, with the last lines of its errors, where it fails.
+    """
     source = str(Path(factorpack.__file__).parents[1])
     # Peers find this package behind their own: PYTHONPATH would put its neighbours before theirs.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if str(command[0]) == sys.executable:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
     environment["TOKENIZERS_PARALLELISM"] = "false"
+    if threads is not None:
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
     try:
         run = subprocess.run(
             list(map(str, command)), env=environment, capture_output=True, text=True, check=False, timeout=60 * MINUTES
@@ -103,15 +115,15 @@ class Bench:
         """How one makes this point again."""
         return shlex.join(["factorpack", "bench", self.spec, "--peers", run.name, "--out", str(self.out)])
 
-    def measure(self, run: Run) -> Point:
+    def measure(self, run: Run, threads: int) -> Point:
         """The point of a run: two processes, one that writes a file and one that has nothing but that file."""
         about = (run.peer.name, run.setting, self.key(run), self.versions(run), self.command(run), commit(), machine())
         try:
-            return Point(*about, **self._measured(run))
+            return Point(*about, **self._measured(run, threads))
         except FactorpackError as error:
             return Point(*about, error=str(error))
 
-    def _measured(self, run: Run) -> dict[str, Any]:
+    def _measured(self, run: Run, threads: int) -> dict[str, Any]:
         environments = self.work / "environments"
         python = python_of(environments, run.peer.name, run.peer.requirements)
         script = [python, "-m", f"factorpack.bench.peers.{run.peer.script}"]
@@ -119,13 +131,43 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "network"
             encoded = json.loads(
-                _process([*script, "encode", self.spec, file, run.peer.prefix + run.setting, kept.absolute()])
+                _process([*script, "encode", self.spec, file, run.peer.prefix + run.setting, kept.absolute()], threads)
             )
-            scored = json.loads(_process([*script, "score", self.spec, file]))
+            scored = json.loads(_process([*script, "score", self.spec, file], threads))
             wrapped = int(_process([python_of(environments, "zstd", WRAPPER), "-c", WRAP, file]))
             digest = sha256(file.read_bytes()).hexdigest()
         encoded["left_dense"] = tuple(encoded["left_dense"])
         return {**encoded, **scored, "wrapped_bytes": wrapped, "sha256": digest}
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Runs of one peer on one task, which are measured one after the other: they may share what the first found out."""
+
+    bench: Bench
+    runs: deque[Run]
+
+    def next_point(self, threads: int) -> tuple[Run, Point, float]:
+        """With what it took, in seconds."""
+        run, start = self.runs.popleft(), time.perf_counter()
+        return run, self.bench.measure(run, threads), time.perf_counter() - start
+
+
+def _side_by_side(lines: Sequence[_Line]) -> Iterator[tuple[_Line, Run, Point, float]]:
+    """The points of all lines as they come, `SIDE_BY_SIDE` being measured at a time."""
+    waiting = deque(lines)
+    running: dict[Future[tuple[Run, Point, float]], _Line] = {}
+    threads = max(1, joblib.cpu_count() // min(SIDE_BY_SIDE, max(1, len(lines))))
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        while waiting or running:
+            while waiting and len(running) < SIDE_BY_SIDE:
+                line = waiting.popleft()
+                running[pool.submit(line.next_point, threads)] = line
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                line = running.pop(future)
+                if line.runs:
+                    waiting.appendleft(line)
+                yield line, *future.result()
 
 
 def run_all(
@@ -136,30 +178,35 @@ def run_all(
     `tell` is told a line about each: what it gave, and how long the others may take, going by those of the same peer.
     `draw` is given the results of a task when they are complete.
     """
-    todo = [(place, run) for place, bench in enumerate(benches) for run in bench.missing(runs)]
-    tell(f"{len(todo)} of {len(benches) * len(runs)} points are to be measured")
-    spent: dict[tuple[int, str], list[float]] = {}
-    found = []
-    done = 0
-    for place, bench in enumerate(benches):
+    missing = {bench.name: bench.missing(runs) for bench in benches}
+    todo = [(name, run) for name, many in missing.items() for run in many]
+    total = len(todo)
+    tell(f"{total} of {len(benches) * len(runs)} points are to be measured")
+    found: dict[str, Results] = {}
+    lines: dict[tuple[str, str], _Line] = {}
+    for bench in benches:
         results = bench.held()
         if results is None:
             tell(f"{bench.name}: scoring the original")
             results = bench.scored()
             results.save(bench.out)
-        for run in [run for where, run in todo if where == place]:
-            start = time.perf_counter()
-            point = bench.measure(run)
-            results = results.with_point(point)
-            results.save(bench.out)
-            done += 1
-            seconds = time.perf_counter() - start
-            spent.setdefault((place, run.peer.name), []).append(seconds)
-            tell(f"[{done}/{len(todo)}] {bench.name} {run.name}: {_told(point, results)}; {_time(seconds)}, "
-                 f"about {_time(_to_go(todo[done:], spent))} to go")  # fmt: skip
-        draw(results)
-        found.append(results)
-    return found
+        found[bench.name] = results
+        if not missing[bench.name]:
+            draw(results)
+        for run in missing[bench.name]:
+            lines.setdefault((bench.name, run.peer.name), _Line(bench, deque())).runs.append(run)
+    spent: dict[tuple[str, str], list[float]] = {}
+    for line, run, point, seconds in _side_by_side(list(lines.values())):
+        name = line.bench.name
+        results = found[name] = found[name].with_point(point)
+        results.save(line.bench.out)
+        todo.remove((name, run))
+        spent.setdefault((name, run.peer.name), []).append(seconds)
+        tell(f"[{total - len(todo)}/{total}] {name} {run.name}: {_told(point, results)}; {_time(seconds)}, "
+             f"about {_time(_to_go(todo, spent) / SIDE_BY_SIDE)} to go")  # fmt: skip
+        if not any(other == name for other, _ in todo):
+            draw(results)
+    return list(found.values())
 
 
 def _told(point: Point, results: Results) -> str:
@@ -169,20 +216,20 @@ def _told(point: Point, results: Results) -> str:
     return f"{point.size_bytes:,} bytes, {score} {point.scores.get(score, float('nan')):.4g}"
 
 
-def _to_go(todo: Sequence[tuple[int, Run]], spent: dict[tuple[int, str], list[float]]) -> float:
+def _to_go(todo: Sequence[tuple[str, Run]], spent: dict[tuple[str, str], list[float]]) -> float:
     """Seconds that the rest may take: as others of peer and task, of the task, or of all did."""
 
-    def mean(place: int, peer: str) -> float:
+    def mean(task: str, peer: str) -> float:
         for same in (
-            [s for (p, n), many in spent.items() for s in many if (p, n) == (place, peer)],
-            [s for (p, _), many in spent.items() for s in many if p == place],
+            [s for (t, n), many in spent.items() for s in many if (t, n) == (task, peer)],
+            [s for (t, _), many in spent.items() for s in many if t == task],
             [s for many in spent.values() for s in many],
         ):
             if same:
                 return sum(same) / len(same)
         return 0.0
 
-    return sum(mean(place, run.peer.name) for place, run in todo)
+    return sum(mean(task, run.peer.name) for task, run in todo)
 
 
 def _time(seconds: float) -> str:
