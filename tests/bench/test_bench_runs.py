@@ -28,7 +28,7 @@ def bench(tmp_path, monkeypatch):
     measured = []
 
     def measure(self, run, threads):
-        assert threads >= 1
+        assert int(threads) >= 1
         measured.append(run.name)
         return Point(run.peer.name, run.setting, self.key(run), self.versions(run), self.command(run), "c", "m",
                      bytes=100, wrapped_bytes=90, scores={"score": 1.0})  # fmt: skip
@@ -100,7 +100,7 @@ def test_two_peers_are_measured_side_by_side_and_settings_of_one_after_another(b
     assert made.missing(wanted) == []
 
 
-@pytest.mark.parametrize(("asked", "threads"), [([FIRST], 8), ([FIRST, SECOND], 4)])
+@pytest.mark.parametrize(("asked", "threads"), [([FIRST], "8"), ([FIRST, SECOND], "4")])
 def test_cores_are_shared_by_what_is_measured_at_a_time(bench, monkeypatch, asked, threads):
     made, _ = bench
     whole, told = Bench.measure, []
@@ -111,8 +111,15 @@ def test_cores_are_shared_by_what_is_measured_at_a_time(bench, monkeypatch, aske
 
     monkeypatch.setattr(Bench, "measure", measure)
     monkeypatch.setattr(runs.joblib, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     run_all([made], asked, nobody, nobody)
     assert told == [threads] * len(asked)
+    assert f"{threads} threads" in results.machine(threads)
+    # Whoever asks for other threads gets these.
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(runs, "source_digest", lambda: "another")
+    run_all([made], asked, nobody, nobody)
+    assert told[len(asked) :] == ["3"] * len(asked)
 
 
 def test_what_changed_is_measured_again(bench, monkeypatch):

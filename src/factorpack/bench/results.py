@@ -10,6 +10,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import joblib
+
 import factorpack
 from factorpack.container import make_folder, write
 from factorpack.errors import UnsupportedError
@@ -134,8 +136,8 @@ def commit() -> str:
 
 
 @cache
-def machine() -> str:
-    """Processor, cores and memory, system, and how many threads peers are allowed."""
+def machine(threads: str) -> str:
+    """Processor, cores and memory, system, and how many `threads` a point is allowed."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -144,6 +146,5 @@ def machine() -> str:
         ]
         model = names[0] if names else model
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = os.environ.get("OMP_NUM_THREADS", str(cores))
+    cores = joblib.cpu_count()
     return f"{model}, {cores} cores of {os.cpu_count()} and {threads} threads, {memory:.0f} GiB, {platform.system()}"

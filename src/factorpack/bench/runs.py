@@ -1,4 +1,4 @@
-"""Runs peers on tasks, two processes at a time, and keeps each point as soon as it is there."""
+"""Runs peers on tasks, two points at a time, and keeps each point as soon as it is there."""
 
 import json
 import os
@@ -38,8 +38,8 @@ WRAP = (
 )
 
 
-def _process(command: Sequence[object], threads: int | None = None) -> str:
-    """The last line of what it prints; it computes in so many threads, or in as many as it likes.
+def _process(command: Sequence[object], threads: str | None = None) -> str:
+    """The last line of what it prints; it computes in so many `threads`, or in as many as it likes.
 
     Raises UnsupportedError, with the last lines of its errors, where it fails.
     """
@@ -50,7 +50,7 @@ def _process(command: Sequence[object], threads: int | None = None) -> str:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
     environment["TOKENIZERS_PARALLELISM"] = "false"
     if threads is not None:
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
+        environment["OMP_NUM_THREADS"] = threads
     try:
         run = subprocess.run(
             list(map(str, command)), env=environment, capture_output=True, text=True, check=False, timeout=60 * MINUTES
@@ -115,15 +115,17 @@ class Bench:
         """How one makes this point again."""
         return shlex.join(["factorpack", "bench", self.spec, "--peers", run.name, "--out", str(self.out)])
 
-    def measure(self, run: Run, threads: int) -> Point:
+    def measure(self, run: Run, threads: str) -> Point:
         """The point of a run: two processes, one that writes a file and one that has nothing but that file."""
-        about = (run.peer.name, run.setting, self.key(run), self.versions(run), self.command(run), commit(), machine())
+        about = (
+            run.peer.name, run.setting, self.key(run), self.versions(run), self.command(run), commit(), machine(threads)
+        )  # fmt: skip
         try:
             return Point(*about, **self._measured(run, threads))
         except FactorpackError as error:
             return Point(*about, error=str(error))
 
-    def _measured(self, run: Run, threads: int) -> dict[str, Any]:
+    def _measured(self, run: Run, threads: str) -> dict[str, Any]:
         environments = self.work / "environments"
         python = python_of(environments, run.peer.name, run.peer.requirements)
         script = [python, "-m", f"factorpack.bench.peers.{run.peer.script}"]
@@ -147,20 +149,20 @@ class _Line:
     bench: Bench
     runs: deque[Run]
 
-    def next_point(self, threads: int) -> tuple[Run, Point, float]:
+    def next_point(self, threads: str) -> tuple[Run, Point, float]:
         """With what it took, in seconds."""
         run, start = self.runs.popleft(), time.perf_counter()
         return run, self.bench.measure(run, threads), time.perf_counter() - start
 
 
-def _side_by_side(lines: Sequence[_Line]) -> Iterator[tuple[_Line, Run, Point, float]]:
-    """The points of all lines as they come, `SIDE_BY_SIDE` being measured at a time."""
+def _side_by_side(lines: Sequence[_Line], most: int) -> Iterator[tuple[_Line, Run, Point, float]]:
+    """The points of all lines as they come, at most so many being measured at a time."""
     waiting = deque(lines)
     running: dict[Future[tuple[Run, Point, float]], _Line] = {}
-    threads = max(1, joblib.cpu_count() // min(SIDE_BY_SIDE, max(1, len(lines))))
-    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, joblib.cpu_count() // most))
+    with ThreadPoolExecutor(most) as pool:
         while waiting or running:
-            while waiting and len(running) < SIDE_BY_SIDE:
+            while waiting and len(running) < most:
                 line = waiting.popleft()
                 running[pool.submit(line.next_point, threads)] = line
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -196,14 +198,15 @@ def run_all(
         for run in missing[bench.name]:
             lines.setdefault((bench.name, run.peer.name), _Line(bench, deque())).runs.append(run)
     spent: dict[tuple[str, str], list[float]] = {}
-    for line, run, point, seconds in _side_by_side(list(lines.values())):
+    at_a_time = max(1, min(SIDE_BY_SIDE, len(lines)))
+    for line, run, point, seconds in _side_by_side(list(lines.values()), at_a_time):
         name = line.bench.name
         results = found[name] = found[name].with_point(point)
         results.save(line.bench.out)
         todo.remove((name, run))
         spent.setdefault((name, run.peer.name), []).append(seconds)
         tell(f"[{total - len(todo)}/{total}] {name} {run.name}: {_told(point, results)}; {_time(seconds)}, "
-             f"about {_time(_to_go(todo, spent) / SIDE_BY_SIDE)} to go")  # fmt: skip
+             f"about {_time(_to_go(todo, spent) / at_a_time)} to go")  # fmt: skip
         if not any(other == name for other, _ in todo):
             draw(results)
     return list(found.values())
