@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from factorpack.container import Contents, File, make_folder, read, write
 from factorpack.devices import accelerator_for, of_main
 from factorpack.errors import BudgetError, TaskError, UnsupportedError
+from factorpack.nn.averages import Averages
 from factorpack.nn.control import RateController
 from factorpack.nn.lessons import Course, batches_in, exchanged, hold_out, to_measure_on
 from factorpack.nn.loading import identity, place_dense
@@ -142,6 +143,7 @@ class Run:
             self.steps = math.ceil(options.epochs * batches_in(lessons.training) / processes)
         self.layout = self._layout()
         self.norms = Norms(compressed, partial(self._call_lessons, 1))
+        self.averages = Averages(compressed)
         self.state = State()
         self.complete = False
         self.losses: list[float] = []
@@ -189,6 +191,16 @@ class Run:
         """Takes batch norms to the moments of such a sample."""
         self.norms.settle(partial(self._call_lessons, sample), partial(of_main, self.accelerator))
 
+    def _settle_usual(self) -> None:
+        """Takes batch norms to the moments of the network that it usually is, its own w and b and the usual ones."""
+        moments = self.norms.state()
+        with self.averages.in_place():
+            self._settle()
+            self.averages.keep()
+        settled = self.norms.state()
+        self.norms.take_up(moments)
+        self.norms.move(settled)
+
     def _try_norms(self) -> None:
         """Leaves batch norms as the file has them where moments of other lessons alone cost more than `MOMENTS_COST`.
 
@@ -218,14 +230,14 @@ class Run:
             if state.step % self.look == 0:
                 if state.step:
                     # At first the prices are those of the file.
-                    self.compressed.reprice()
+                    self._reprice()
                     if self._done() * JUDGEMENTS >= state.judged + 1 and self._fits():
                         self._judge()
                         self._keep()
                 self.controller.goal = self._goal()
                 self.controller.seen(self.compressed.coded_bytes(), self._pace)
             self._step()
-        self.compressed.reprice()
+        self._reprice()
         self._judge()
         self.complete = True
         if not self.accelerator.is_main_process:
@@ -277,19 +289,31 @@ class Run:
             if self.accelerator.num_processes > 1:
                 loss = self.accelerator.reduce(loss.detach(), "mean")
             self.controller.heard(loss.item())
-            self.compressed.price(self.controller.rate, fresh=self.state.step % FRESH == 0)
+            # Prices that have just been taken are of other codes, the usual ones.
+            fresh = self.state.step % FRESH == 0 or self.state.step % self.look == 0
+            self.compressed.price(self.controller.rate, fresh)
             self.losses.append(loss.item())
             self.optimiser.step()
         elif self.accelerator.scaler is not None:
             # In fp16: the step is skipped, and the scale of the loss lowered.
             self.optimiser.step()
         self.state.step += 1
+        if self.state.step % FRESH == 0:
+            self.averages.take(self.state.step, FRESH)
+
+    def _reprice(self) -> None:
+        """Takes the prices, and the size, of the file as it would be now."""
+        with self.averages.in_place():
+            self.compressed.reprice()
 
     def _rest(self) -> None:
-        """Takes the network to the file that it is now, where the second descent begins."""
+        """Takes the network to the file that it would be now, where the second descent begins."""
+        self.averages.become()
         self._settle()
         self.norms.leave()
-        self.compressed.rest()
+        for latent in self.compressed.trained().values():
+            latent.rest()
+        self.averages = Averages(self.compressed)
         self.optimiser.state.clear()
         self.state.rested = True
 
@@ -335,23 +359,27 @@ class Run:
         state, began = self.state, time.perf_counter()
         state.judged = math.floor(self._done() * JUDGEMENTS)
         if state.step:
-            self._settle()
+            self._settle_usual()
+        with self.averages.in_place():
+            data, contents = self._file()
+        if self.accelerator.is_main_process:
+            loss = self._held_loss(contents) if len(data) <= self.size else math.inf
+            if loss < state.held_loss:
+                state.held_loss, state.best_step = loss, state.step
+                write(self.out, data)
+            self._told(loss, len(data))
+            self._judging = time.perf_counter() - began
+        self.accelerator.wait_for_everyone()
+
+    def _file(self) -> tuple[bytes, Contents]:
+        """The file of the network, and what is in it; one that is hardly too large is trimmed."""
         data, contents = written(self.compressed)
         # Small tensors and bases take other bytes than before, by little.
         self.rest = len(data) - self.compressed.coded_bytes()
-        if not self.accelerator.is_main_process:
-            self.accelerator.wait_for_everyone()
-            return
-        if self.size < len(data) <= self.size * (1 + TRIMMED):
+        if self.size < len(data) <= self.size * (1 + TRIMMED) and self.accelerator.is_main_process:
             with suppress(BudgetError):
-                data, contents = trimmed(self.compressed, self.size)
-        loss = self._held_loss(contents) if len(data) <= self.size else math.inf
-        if loss < state.held_loss:
-            state.held_loss, state.best_step = loss, state.step
-            write(self.out, data)
-        self._told(loss, len(data))
-        self._judging = time.perf_counter() - began
-        self.accelerator.wait_for_everyone()
+                return trimmed(self.compressed, self.size)
+        return data, contents
 
     @torch.no_grad()
     def _held_loss(self, contents: Contents) -> float:
@@ -406,6 +434,7 @@ class Run:
             "place": [self.course.epoch, self.course.place], "controller": asdict(self.controller),
             "rest": self.rest, "usual": self.clipper.usual, "latents": self.compressed.latents.state_dict(),
             "optimiser": self.optimiser.state_dict(), "norms": self.norms.state(), "log": self._logged,
+            "averages": self.averages.state(),
         }  # fmt: skip
         data = io.BytesIO()
         torch.save(kept, data)
@@ -416,7 +445,7 @@ class Run:
             kept = torch.load(self._kept, map_location=self.accelerator.device, weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise UnsupportedError(f"{self._kept} cannot be read ({error}): start again without --resume") from error
-        if kept.get("key") != self._key or "norms" not in kept:
+        if kept.get("key") != self._key or "averages" not in kept:
             raise UnsupportedError(
                 f"{self._kept} is of another file, of other options or of another version: give those that it was "
                 f"begun with, or start again without --resume"
@@ -424,6 +453,7 @@ class Run:
         self.compressed.latents.load_state_dict(kept["latents"])
         self.optimiser.load_state_dict(kept["optimiser"])
         self.norms.take_up(kept["norms"])
+        self.averages.take_up(kept["averages"])
         self.state = State(**kept["state"])
         self.course.epoch, self.course.place = kept["place"]
         self.controller = RateController(**kept["controller"])

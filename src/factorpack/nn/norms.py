@@ -154,8 +154,13 @@ class Norms:
         `shared` gives all processes the moments of one.
         """
         seen, _ = self._seen(self.placed, run)
+        self.move({name: shared(_pooled(seen[name])) for name in self.placed})
+
+    @torch.no_grad()
+    def move(self, state: Mapping[str, Float[Tensor, "2 C"]]) -> None:
+        """Moves w and b to what does the same with these moments, by the names of the norms."""
         for name, placed in self.placed.items():
-            moments = shared(_pooled(seen[name]))
+            moments = state[name]
             if not bool(moments.isfinite().all()):
                 continue
             weight, bias = (self._latents[f"{name}.{part}"] for part in ("weight", "bias"))

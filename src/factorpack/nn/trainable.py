@@ -152,7 +152,22 @@ class _LookUps(TorchFunctionMode):
         return self.whole[key]
 
 
-class TrainableWeight(nn.Module):
+class Latents(nn.Module):
+    """The latents of one tensor of a file."""
+
+    def resting(self) -> dict[str, Tensor]:
+        """What `factored` makes of them, by their names: the middles of the cells that they are in."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def rest(self) -> None:
+        """Takes latents to what `factored` makes of them."""
+        resting = self.resting()
+        for name, latent in self.named_parameters():
+            latent.copy_(resting[name])
+
+
+class TrainableWeight(Latents):
     """A factored weight with latents for its codes, its basis, or the factors of that, and its step.
 
     Codes of form `vq` stay as they are: their codewords are trained. `octaves` is log2 of the step over the first one.
@@ -270,13 +285,13 @@ class TrainableWeight(nn.Module):
         self.codes.grad.add_(slopes, alpha=rate / unit)
 
     @torch.no_grad()
-    def rest(self) -> None:
-        """Takes latents to what `factored` makes of them."""
-        self.octaves.copy_((self.octaves * STEPS_PER_OCTAVE).round() / STEPS_PER_OCTAVE)
-        for latent in self.basis:
-            latent.copy_(latent.round() if self.codes is not None else _at_rest(latent, self.octaves))
+    def resting(self) -> dict[str, Tensor]:
+        found = {"octaves": (self.octaves * STEPS_PER_OCTAVE).round() / STEPS_PER_OCTAVE}
+        for index, latent in enumerate(self.basis):
+            found[f"basis.{index}"] = latent.round() if self.codes is not None else _at_rest(latent, self.octaves)
         if self.codes is not None:
-            self.codes.copy_(_at_rest(self.codes, self.octaves))
+            found["codes"] = _at_rest(self.codes, self.octaves)
+        return found
 
     def factored(self, threshold: float = 0.5) -> FactoredWeight:
         """The factors at rest. Codes below `threshold` steps are zero."""
@@ -309,7 +324,7 @@ def _held(integers: np.ndarray, grid: Grid, shift: int = 0) -> Grid:
     return Grid(grid.low, grid.high, exponents)
 
 
-class TrainableVector(nn.Module):
+class TrainableVector(Latents):
     """A small tensor with a latent for each of its integers."""
 
     def __init__(self, vector: FactoredVector) -> None:
@@ -346,9 +361,8 @@ class TrainableVector(nn.Module):
         self.levels.copy_(levels.reshape(self.levels.shape))
 
     @torch.no_grad()
-    def rest(self) -> None:
-        """Takes latents to what `factored` makes of them."""
-        self.levels.round_()
+    def resting(self) -> dict[str, Tensor]:
+        return {"levels": self.levels.round()}
 
     def factored(self) -> FactoredVector:
         """The small tensor at rest."""
@@ -453,10 +467,13 @@ class TrainableModel(nn.Module):
                     latent.take_slopes()
                 latent.price(rate)
 
-    def rest(self) -> None:
-        """Takes all latents to the integers, and the steps, that they stand for now."""
-        for latent in self.trained().values():
-            latent.rest()
+    def resting(self) -> dict[str, Tensor]:
+        """The integers, and the steps, that all latents stand for now, by the names of `latents.named_parameters`."""
+        return {
+            f"{place}.{name}": resting
+            for place, latent in self.latents.named_children()
+            for name, resting in cast("Latents", latent).resting().items()
+        }
 
     def factored(self, threshold: float = 0.5) -> dict[str, Stored]:
         """Every tensor of the file at rest."""
