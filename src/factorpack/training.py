@@ -26,6 +26,7 @@ from factorpack.devices import accelerator_for, of_main
 from factorpack.errors import BudgetError, TaskError, UnsupportedError
 from factorpack.nn.averages import Averages
 from factorpack.nn.control import RateController
+from factorpack.nn.freezing import Freezing, limit_at
 from factorpack.nn.lessons import Course, batches_in, exchanged, hold_out, to_measure_on
 from factorpack.nn.loading import identity, place_dense
 from factorpack.nn.norms import Norms
@@ -143,7 +144,7 @@ class Run:
             self.steps = math.ceil(options.epochs * batches_in(lessons.training) / processes)
         self.layout = self._layout()
         self.norms = Norms(compressed, partial(self._call_lessons, 1))
-        self.averages = Averages(compressed)
+        self.averages, self.freezing = Averages(compressed), Freezing(compressed)
         self.state = State()
         self.complete = False
         self.losses: list[float] = []
@@ -292,6 +293,7 @@ class Run:
             # Prices that have just been taken are of other codes, the usual ones.
             fresh = self.state.step % FRESH == 0 or self.state.step % self.look == 0
             self.compressed.price(self.controller.rate, fresh)
+            self.freezing.still()
             self.losses.append(loss.item())
             self.optimiser.step()
         elif self.accelerator.scaler is not None:
@@ -299,7 +301,10 @@ class Run:
             self.optimiser.step()
         self.state.step += 1
         if self.state.step % FRESH == 0:
-            self.averages.take(self.state.step, FRESH)
+            resting = self.compressed.resting()
+            self.averages.take(resting, self.state.step, FRESH)
+            self.freezing.take(resting, FRESH)
+            self.freezing.freeze(limit_at(self._done() / (SECOND if self._twice else 1.0)), self.averages.state())
 
     def _reprice(self) -> None:
         """Takes the prices, and the size, of the file as it would be now."""
@@ -314,6 +319,7 @@ class Run:
         for latent in self.compressed.trained().values():
             latent.rest()
         self.averages = Averages(self.compressed)
+        self.freezing.begin(self.compressed.resting())
         self.optimiser.state.clear()
         self.state.rested = True
 
@@ -434,7 +440,7 @@ class Run:
             "place": [self.course.epoch, self.course.place], "controller": asdict(self.controller),
             "rest": self.rest, "usual": self.clipper.usual, "latents": self.compressed.latents.state_dict(),
             "optimiser": self.optimiser.state_dict(), "norms": self.norms.state(), "log": self._logged,
-            "averages": self.averages.state(),
+            "averages": self.averages.state(), "freezing": self.freezing.state(),
         }  # fmt: skip
         data = io.BytesIO()
         torch.save(kept, data)
@@ -445,7 +451,7 @@ class Run:
             kept = torch.load(self._kept, map_location=self.accelerator.device, weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise UnsupportedError(f"{self._kept} cannot be read ({error}): start again without --resume") from error
-        if kept.get("key") != self._key or "averages" not in kept:
+        if kept.get("key") != self._key or "freezing" not in kept:
             raise UnsupportedError(
                 f"{self._kept} is of another file, of other options or of another version: give those that it was "
                 f"begun with, or start again without --resume"
@@ -454,6 +460,7 @@ class Run:
         self.optimiser.load_state_dict(kept["optimiser"])
         self.norms.take_up(kept["norms"])
         self.averages.take_up(kept["averages"])
+        self.freezing.take_up(kept["freezing"])
         self.state = State(**kept["state"])
         self.course.epoch, self.course.place = kept["place"]
         self.controller = RateController(**kept["controller"])

@@ -51,7 +51,7 @@ def test_a_code_is_where_it_was_most_of_the_time(usual: float, other: float, exp
     for step in range(1, 1201):
         with torch.no_grad():
             codes.fill_(other if step % 10 in (0, 3, 6) else usual)
-        averages.take(step, 1)
+        averages.take(model.resting(), step, 1)
     # The mean of the latents themselves is in the other cell.
     assert round(0.7 * usual + 0.3 * other) != expected
     with averages.in_place():
@@ -72,7 +72,7 @@ def test_a_mean_goes_over_more_steps_the_longer_it_lasts(step: int, span: float)
     averages = Averages(model)
     go(model, 4.0, octaves=1.0)
     for _ in range(3):
-        averages.take(step, 5)
+        averages.take(model.resting(), step, 5)
     for name, expected in ((CODES, 4.0), (LEVELS, 4.0), (OCTAVES, 1.0)):
         mean = averages.state()[name]
         torch.testing.assert_close(mean, torch.full_like(mean, expected * (1 - (1 - 5 / span) ** 3)))
@@ -105,5 +105,5 @@ def test_means_are_kept_and_taken_up() -> None:
     other.take_up(averages.state())
     other.become()
     assert (codes_of(model) == 2).all()
-    other.take(1, 5)
+    other.take(model.resting(), 1, 5)
     assert torch.equal(averages.state()[CODES], torch.full((4, 8), 2.0))

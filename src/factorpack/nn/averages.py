@@ -25,11 +25,11 @@ class Averages:
         self._means = {name: latent.detach().clone() for name, latent in model.latents.named_parameters()}
 
     @torch.no_grad()
-    def take(self, step: int, since: int) -> None:
-        """Takes in where latents are after `step` steps, `since` of them after the last time."""
+    def take(self, resting: Mapping[str, Tensor], step: int, since: int) -> None:
+        """Takes in what latents stand for, by their names, after `step` steps, `since` of them after the last time."""
         share = min(since / min(max(PART * step, LEAST_SPAN), SPAN), 1.0)
-        for name, resting in self._model.resting().items():
-            self._means[name].lerp_(resting, share)
+        for name, mean in self._means.items():
+            mean.lerp_(resting[name], share)
 
     @torch.no_grad()
     def become(self) -> None:

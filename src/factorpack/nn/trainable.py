@@ -290,8 +290,16 @@ class TrainableWeight(Latents):
         for index, latent in enumerate(self.basis):
             found[f"basis.{index}"] = latent.round() if self.codes is not None else _at_rest(latent, self.octaves)
         if self.codes is not None:
-            found["codes"] = _at_rest(self.codes, self.octaves)
+            found["codes"] = self.middles(self.codes)
         return found
+
+    def unit(self) -> Tensor:
+        """The width of a cell of the codes."""
+        return _unit(self.octaves)
+
+    def middles(self, codes: Float[Tensor, "k N"]) -> Float[Tensor, "k N"]:
+        """The middles of the cells that such codes are in."""
+        return _at_rest(codes, self.octaves)
 
     def factored(self, threshold: float = 0.5) -> FactoredWeight:
         """The factors at rest. Codes below `threshold` steps are zero."""
