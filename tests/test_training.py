@@ -164,7 +164,7 @@ def test_a_size_that_is_out_of_reach_is_an_error(task: Task, file: Path, tmp_pat
 
 
 def test_the_log_tells_how_it_went(task: Task, file: Path, tmp_path: Path) -> None:
-    report = trained(task, file, tmp_path / "trained.fpk", steps=100)
+    report = trained(task, file, tmp_path / "trained.fpk", steps=100, learning_rate=0.03)
     rows = logged(tmp_path / "trained.fpk")
     steps = [int(row["step"]) for row in rows]
     assert steps == sorted(set(steps))
@@ -172,6 +172,9 @@ def test_the_log_tells_how_it_went(task: Task, file: Path, tmp_path: Path) -> No
     assert 5 <= len(steps) <= 11
     assert min(float(row["held_loss"]) for row in rows) == report.held_loss
     assert all(float(row["rate"]) > 0 for row in rows[1:])
+    frozen = [float(row["frozen"]) for row in rows]
+    assert frozen == sorted(frozen)
+    assert frozen[0] == 0 < frozen[-1] < 0.5
     assert sorted(path.name for path in (tmp_path / "trained.fpk.training").iterdir()) == ["log.csv"]
 
 

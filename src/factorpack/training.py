@@ -480,7 +480,7 @@ class Run:
         row = {
             "step": state.step, "epoch": self.course.epoch, "seconds": round(self._elapsed(), 1),
             "loss": mean, "held_loss": loss, "size_bytes": size, "rate": self.controller.rate,
-            "learning_rate": self._rate(),
+            "learning_rate": self._rate(), "frozen": self.freezing.part(),
         }  # fmt: skip
         line = io.StringIO()
         writer = csv.DictWriter(line, list(row))
