@@ -19,7 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 import factorpack
+from factorpack.nn.averages import Averages
 from factorpack.nn.control import RateController
+from factorpack.nn.freezing import Freezing
 from factorpack.nn.trainable import TrainableWeight
 from factorpack.sizes import parse_size
 from factorpack.task import load_task
@@ -38,17 +40,6 @@ def as_it_is(_run: Run) -> None:
     """All of it."""
 
 
-def plain(run: Run) -> None:
-    """Steps and masks stay; bits cost nothing and no size is kept."""
-    run.size = 2**62
-    for latent in run.compressed.trained().values():
-        if isinstance(latent, TrainableWeight) and latent.codes is not None:
-            mask = latent.codes.detach() != 0
-            latent.codes.register_hook(lambda gradient, mask=mask: gradient * mask)
-            latent.octaves.requires_grad_(False)
-    run.controller = Free(run.controller.count, float("inf"))
-
-
 def fixed_steps(run: Run) -> None:
     """Steps stay; codes are priced."""
     for latent in run.compressed.trained().values():
@@ -61,11 +52,56 @@ def norms_of_the_file(run: Run) -> None:
     run.norms.leave()
 
 
+class OfTheMoment(Averages):
+    """Where latents are now in place of where they usually are."""
+
+    def take(self, *_: object, **__: object) -> None:
+        self.keep()
+
+
+class NeverFrozen(Freezing):
+    """All codes go on."""
+
+    def freeze(self, *_: object, **__: object) -> None:
+        pass
+
+
+def of_the_moment(run: Run) -> None:
+    """What is judged and kept is the network as it is at that step."""
+    run.averages = OfTheMoment(run.compressed)
+
+
+def never_frozen(run: Run) -> None:
+    """No code is frozen."""
+    run.freezing = NeverFrozen(run.compressed)
+
+
+def neither(run: Run) -> None:
+    """Both of these."""
+    of_the_moment(run)
+    never_frozen(run)
+
+
+def plain(run: Run) -> None:
+    """Steps and masks stay; bits cost nothing and no size is kept. The network is that of the moment, none frozen."""
+    neither(run)
+    run.size = 2**62
+    for latent in run.compressed.trained().values():
+        if isinstance(latent, TrainableWeight) and latent.codes is not None:
+            mask = latent.codes.detach() != 0
+            latent.codes.register_hook(lambda gradient, mask=mask: gradient * mask)
+            latent.octaves.requires_grad_(False)
+    run.controller = Free(run.controller.count, float("inf"))
+
+
 VARIANTS: dict[str, tuple[dict[str, Any], Callable[[Run], None]]] = {
     "all of it": ({}, as_it_is),
     "plain straight-through, fixed steps and masks": ({}, plain),
     "fixed steps": ({}, fixed_steps),
     "batch norms as in the file": ({}, norms_of_the_file),
+    "nothing frozen": ({}, never_frozen),
+    "the network of the moment": ({}, of_the_moment),
+    "the network of the moment, nothing frozen": ({}, neither),
     "outputs alone, without features": ({"features": 0.0}, as_it_is),
     "squares of logits": ({"compare": "squares"}, as_it_is),
     "orthogonality 0.1": ({"orthogonality": 0.1}, as_it_is),
@@ -82,7 +118,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", default=[name for name in VARIANTS if "orthogonality" not in name])
     arguments = parser.parse_args()
     console, task = Console(), load_task(arguments.task)
-    rows = []
+    rows: list[dict[str, Any]] = []
 
     def told(name: str, size: int, scores: dict[str, float], held: float | None, seconds: float) -> None:
         rows.append({"variant": name, "size_bytes": size, "scores": scores, "held_loss": held, "seconds": seconds})
