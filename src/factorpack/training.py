@@ -304,7 +304,8 @@ class Run:
             resting = self.compressed.resting()
             self.averages.take(resting, self.state.step, FRESH)
             self.freezing.take(resting, FRESH)
-            self.freezing.freeze(limit_at(self._done() / (SECOND if self._twice else 1.0)), self.averages.state())
+            done = self._done() / (SECOND if self._twice else 1.0)
+            self.freezing.freeze(limit_at(done, self._steps_in_all), self.averages.state())
 
     def _reprice(self) -> None:
         """Takes the prices, and the size, of the file as it would be now."""

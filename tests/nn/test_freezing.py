@@ -10,7 +10,7 @@ from torch import nn
 
 from factorpack.coding.records import price_codes
 from factorpack.factors import IDENTITY_GRID, Basis, Codes, FactoredWeight, Grid
-from factorpack.nn.freezing import BEGIN, LEAST, MEMORY, MOST, Freezing, limit_at
+from factorpack.nn.freezing import BEGIN, LEAST, MEMORY, MOST, SHORTEST, Freezing, limit_at
 from factorpack.nn.trainable import TrainableModel, TrainableWeight
 from factorpack.tiling import Tiling
 
@@ -71,7 +71,7 @@ def test_at_the_end_one_change_is_enough_and_none_is_not() -> None:
     with torch.no_grad():
         codes[0, 0] = 3.0
     freezing.take(model.resting(), 5)
-    freezing.freeze(limit_at(1.0), {NAME: torch.full((1, 8), 2.0)})
+    freezing.freeze(limit_at(1.0, SHORTEST), {NAME: torch.full((1, 8), 2.0)})
     assert freezing.part() == 1 / 8
     assert codes[0, 0].item() == 2.0
 
@@ -113,5 +113,6 @@ def test_a_state_is_taken_up() -> None:
 
 @pytest.mark.parametrize(("done", "limit"), [(0, math.inf), (BEGIN, MOST), (1, LEAST), (1.1, LEAST)])
 def test_the_limit_falls_in_the_second_half(done: float, limit: float) -> None:
-    assert limit_at(done) == pytest.approx(limit)
+    assert limit_at(done, SHORTEST) == pytest.approx(limit)
     assert LEAST < MEMORY, "one change is enough at the end"
+    assert limit_at(done, SHORTEST - 1) == math.inf

@@ -18,11 +18,17 @@ MOST, LEAST = 0.04, 0.005
 """Changes of cell a step from which on a code is frozen, at first and at the end."""
 MEMORY = 0.01
 """Part that a step makes up in the running mean of these changes."""
+SHORTEST = 1500
+"""Steps of a training, from which on codes are frozen: in fewer, one that has gone its way once turns as often as one
+that goes to and fro."""
 
 
-def limit_at(done: float) -> float:
-    """Changes of cell a step from which on codes are frozen, when the part `done` of the descent is over."""
-    if done < BEGIN:
+def limit_at(done: float, steps: float) -> float:
+    """Changes of cell a step from which on codes are frozen, when the part `done` of the descent is over.
+
+    `steps` are those of the whole training.
+    """
+    if done < BEGIN or steps < SHORTEST:
         return math.inf
     return LEAST + (MOST - LEAST) * 0.5 * (1 + math.cos(math.pi * min((done - BEGIN) / (1 - BEGIN), 1.0)))
 
