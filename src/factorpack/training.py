@@ -194,6 +194,8 @@ class Run:
 
     def _settle_usual(self) -> None:
         """Takes batch norms to the moments of the network that it usually is, its own w and b and the usual ones."""
+        if not self.norms.placed:
+            return
         moments = self.norms.state()
         with self.averages.in_place():
             self._settle()

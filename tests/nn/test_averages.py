@@ -1,29 +1,20 @@
 """Where latents usually are: running means of what they stand for."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from linears import linear
 
-from factorpack.coding.records import price_codes
-from factorpack.factors import IDENTITY_GRID, Basis, Codes, FactoredVector, FactoredWeight, Grid
+from factorpack.factors import Codes, FactoredWeight
 from factorpack.nn.averages import LEAST_SPAN, SPAN, Averages
-from factorpack.nn.loading import Stored
 from factorpack.nn.trainable import TrainableModel
-from factorpack.tiling import Tiling
 
 CODES, LEVELS, OCTAVES = "0.codes", "1.levels", "0.octaves"
 
 
 def network() -> TrainableModel:
     """A linear layer of zeros."""
-    codes = Codes(np.zeros((4, 8), np.int32), Grid(-4, 4, np.array([-256], np.int32)))
-    weight = FactoredWeight("direct", Tiling((4, 8)), Basis(None, IDENTITY_GRID), codes)
-    tensors: dict[str, Stored] = {"weight": weight, "bias": FactoredVector((4,), np.zeros(4, np.int32), -384, 0, False)}
-    pricer = partial(price_codes, radius=8)
-    return TrainableModel(nn.Linear(8, 4), tensors, dict.fromkeys(tensors, "float32"), {}, pricer)
+    return linear(np.zeros((4, 8), np.int32))
 
 
 def latents(model: TrainableModel) -> dict[str, torch.Tensor]:

@@ -1,18 +1,14 @@
 """Codes that go to and fro are frozen where they usually are, those that go one way are not."""
 
 import math
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from linears import linear
 
-from factorpack.coding.records import price_codes
-from factorpack.factors import IDENTITY_GRID, Basis, Codes, FactoredWeight, Grid
 from factorpack.nn.freezing import BEGIN, LEAST, MEMORY, MOST, SHORTEST, Freezing, limit_at
 from factorpack.nn.trainable import TrainableModel, TrainableWeight
-from factorpack.tiling import Tiling
 
 NAME = "0.codes"
 TURNING = 3
@@ -21,10 +17,7 @@ TURNING = 3
 
 def network() -> tuple[TrainableModel, TrainableWeight, torch.Tensor]:
     """A linear layer of eight codes, all 2."""
-    codes = Codes(np.full((1, 8), 2, np.int32), Grid(-4, 4, np.array([-256], np.int32)))
-    weight = FactoredWeight("direct", Tiling((1, 8)), Basis(None, IDENTITY_GRID), codes)
-    pricer = partial(price_codes, radius=8)
-    model = TrainableModel(nn.Linear(8, 1, bias=False), {"weight": weight}, {"weight": "float32"}, {}, pricer)
+    model = linear(np.full((1, 8), 2, np.int32))
     latent = model.trained()["weight"]
     assert isinstance(latent, TrainableWeight)
     assert latent.codes is not None

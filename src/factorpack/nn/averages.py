@@ -31,24 +31,24 @@ class Averages:
         for name, mean in self._means.items():
             mean.lerp_(resting[name], share)
 
-    @torch.no_grad()
     def become(self) -> None:
         """Takes the network to its means."""
-        for name, latent in self._model.latents.named_parameters():
-            latent.copy_(self._means[name])
+        self._go(self._means)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Within it the network is at its means, after it where it was before."""
-        latents = dict(self._model.latents.named_parameters())
-        found = {name: latent.detach().clone() for name, latent in latents.items()}
+        found = {name: latent.detach().clone() for name, latent in self._model.latents.named_parameters()}
         self.become()
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, latent in latents.items():
-                    latent.copy_(found[name])
+            self._go(found)
+
+    @torch.no_grad()
+    def _go(self, to: Mapping[str, Tensor]) -> None:
+        for name, latent in self._model.latents.named_parameters():
+            latent.copy_(to[name])
 
     def keep(self) -> None:
         """Takes the means from where the network is now."""

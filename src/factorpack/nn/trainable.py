@@ -9,6 +9,7 @@ straight-through estimator), so that the one of o comes from the rounding errors
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import reduce
 from typing import Any, cast
@@ -152,12 +153,12 @@ class _LookUps(TorchFunctionMode):
         return self.whole[key]
 
 
-class Latents(nn.Module):
+class Latents(nn.Module, ABC):
     """The latents of one tensor of a file."""
 
+    @abstractmethod
     def resting(self) -> dict[str, Tensor]:
         """What `factored` makes of them, by their names: the middles of the cells that they are in."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def rest(self) -> None:
