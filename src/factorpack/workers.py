@@ -1,7 +1,7 @@
 """Where independent parts are computed: in this process, in worker processes of this machine, or on a Dask cluster.
 
 Every place computes the same parts with one thread each and hands back what they give in their order, so that bytes do
-not depend on the place. Parts travel as arrays of bytes: joblib puts large ones in files that workers map; Dask's
+not depend on the place. Parts travel as arrays of bytes: what several share is in a file that processes map; Dask's
 scheduler keeps all of them, so that what a lost worker had is computed again elsewhere.
 """
 
@@ -11,9 +11,11 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, count, islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,18 @@ CONNECTING = 10
 """Seconds that a scheduler and its first worker may take to answer."""
 AHEAD = 2
 """Parts a worker that are on their way at a time: more would only take memory."""
+IDLE = 300
+"""Seconds after which a process that has nothing to do ends; it begins again with the next part."""
+SENT = 1 << 20
+"""Bytes that go to each part anew; more of them, shared by several, are written once."""
+THREADS = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
+"""What libraries read their number of threads from when they are loaded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +58,11 @@ def _packed(value: object) -> np.ndarray:
     return np.frombuffer(pickle.dumps(value, pickle.HIGHEST_PROTOCOL), np.uint8)
 
 
-def _compute(function: Callable[[Any, Any], Any], shared: np.ndarray, item: np.ndarray) -> np.ndarray:
-    """In a worker: one part, with one thread as everywhere."""
+def _compute(function: Callable[[Any, Any], Any], shared: np.ndarray | Path, item: np.ndarray) -> np.ndarray:
+    """In a worker: one part, with one thread as everywhere; what is `shared` may be in a file."""
     torch.set_num_threads(1)
-    return _packed(function(pickle.loads(shared.data), pickle.loads(item.data)))
+    common = np.memmap(shared, np.uint8, "r") if isinstance(shared, Path) else shared
+    return _packed(function(pickle.loads(common.data), pickle.loads(item.data)))
 
 
 def check_jobs(jobs: int, cluster: str) -> None:
@@ -88,30 +103,56 @@ def _unless_alone(spread: Map) -> Map:
 
 @contextmanager
 def _processes(jobs: int) -> Iterator[Map]:
-    from joblib import Parallel, delayed, parallel_config
-    from joblib.externals.loky import get_reusable_executor
+    # The executor alone: joblib.Parallel polls for results, and clears a folder away after each call, a tenth of all.
+    from joblib.externals.loky import ProcessPoolExecutor
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-    # Told to this one alone: what a task runs by joblib has settings of its own.
-    with parallel_config("loky", n_jobs=jobs, inner_max_num_threads=1):
-        parallel = Parallel(return_as="generator", pre_dispatch=AHEAD * jobs, batch_size=1)
+    with TemporaryDirectory(prefix="factorpack-") as folder:
+        executor = ProcessPoolExecutor(jobs, timeout=IDLE, env=dict.fromkeys(THREADS, "1"))
+        names = map(Path(folder).joinpath, map(str, count()))
 
-    def spread(function: Callable[[Any, Any], Any], shared: Any, items: Iterable[Any]) -> Iterator[Any]:
-        common = _packed(shared)
-        for found in parallel(delayed(_compute)(function, common, _packed(item)) for item in items):
-            yield pickle.loads(found.data)
+        def spread(function: Callable[[Any, Any], Any], shared: Any, items: Iterable[Any]) -> Iterator[Any]:
+            packed = _packed(shared)
+            common: np.ndarray | Path = packed
+            if packed.nbytes > SENT:
+                common = next(names)
+                packed.tofile(common)
+            del packed
+            try:
+                yield from _in_order(
+                    lambda item: executor.submit(_compute, function, common, item), items, AHEAD * jobs
+                )
+            finally:
+                if isinstance(common, Path):
+                    # Where a file in use cannot be removed it is with its folder.
+                    with suppress(OSError):
+                        common.unlink()
 
-    try:
-        with _interrupts_ignored():
-            # All processes begin with the first parts, and load what they need meanwhile.
-            begun = parallel(delayed(_kept)(part) for part in [_packed(None)] * jobs)
-        deque(begun, maxlen=0)
-        yield spread
-    except TerminatedWorkerError as error:
-        raise WorkerError("a worker process was ended, most likely for want of memory: ask for fewer --jobs") from error
-    finally:
-        # Else they would wait for minutes, and a process that is a child of another would wait for them.
-        get_reusable_executor(reuse=True).shutdown(kill_workers=True)
+        try:
+            with _interrupts_ignored():
+                # All processes begin with the first parts, and load what they need meanwhile.
+                begun = [executor.submit(_kept, _packed(None)) for _ in range(jobs)]
+            for one in begun:
+                one.result()
+            yield spread
+        except TerminatedWorkerError as error:
+            raise WorkerError(
+                "a worker process was ended, most likely for want of memory: ask for fewer --jobs"
+            ) from error
+        finally:
+            # Else a process that is a child of another would wait for them.
+            executor.shutdown(kill_workers=True)
+
+
+def _in_order(submit: Callable[[np.ndarray], Any], items: Iterable[Any], ahead: int) -> Iterator[Any]:
+    """What `submit` gives futures of for each of the items, `ahead` of them begun or waiting at a time."""
+    waiting: deque[Any] = deque()
+    for item in items:
+        waiting.append(submit(_packed(item)))
+        if len(waiting) >= ahead:
+            yield pickle.loads(waiting.popleft().result().data)
+    while waiting:
+        yield pickle.loads(waiting.popleft().result().data)
 
 
 @contextmanager
@@ -154,13 +195,7 @@ def _clustered(address: str) -> Iterator[Map]:
 
         def spread(function: Callable[[Any, Any], Any], shared: Any, items: Iterable[Any]) -> Iterator[Any]:
             common = client.submit(_kept, _packed(shared), pure=False)
-            waiting: deque[Any] = deque()
-            for item in items:
-                waiting.append(client.submit(_compute, function, common, _packed(item), pure=False))
-                if len(waiting) >= ahead:
-                    yield pickle.loads(waiting.popleft().result().data)
-            while waiting:
-                yield pickle.loads(waiting.popleft().result().data)
+            yield from _in_order(lambda item: client.submit(_compute, function, common, item, pure=False), items, ahead)
 
         try:
             yield spread
