@@ -46,6 +46,7 @@ from factorpack.nn.statistics import (
     tensors_of,
 )
 from factorpack.nn.stored import pays_record
+from factorpack.solve.sequential import row_parts
 from factorpack.tiling import Tiling
 
 FORWARDS, BACKWARDS = "forwards", "backwards"
@@ -100,6 +101,12 @@ def energies(squares: Tensor, tiling: Tiling) -> Float[Tensor, " m"]:
     return torch.from_numpy(tiling.matrix(squares.numpy())).sum(1)
 
 
+def _energies_of(gradient: Tensor, tiling: Tiling) -> Float[Tensor, " m"]:
+    """The same from a gradient, some rows at a time: of a head, the squares take as much as all that is held."""
+    matrix = torch.from_numpy(tiling.matrix(gradient.numpy()))
+    return torch.cat([matrix[rows].square().sum(1) for rows in row_parts(matrix)])
+
+
 @dataclass(eq=False)
 class _Record:
     """What batches showed of tensors, by the names they are stored by: sums over inputs, and squared gradients."""
@@ -110,14 +117,16 @@ class _Record:
     def take_gradient(self, name: str, parameter: Tensor, sums: Mapping[str, Sums]) -> None:
         """Adds the squared gradient of a parameter, and clears it; `sums` say how its inputs reach it."""
         assert parameter.grad is not None
-        # Not in place: others upstream may share the memory of a gradient.
-        squares = parameter.grad.square()
+        gradient = parameter.grad
         parameter.grad = None
-        if pays_record(squares.shape):
+        if pays_record(gradient.shape):
             seen = sums.get(name)
-            shape = tuple(squares.shape)
+            shape = tuple(gradient.shape)
             tiling = Tiling(shape) if seen is None else Tiling(shape, seen.groups, seen.transposed)
-            squares = energies(squares, tiling)
+            squares = _energies_of(gradient, tiling)
+        else:
+            # Not in place: others upstream may share the memory of a gradient.
+            squares = gradient.square()
         self.energies[name] = self.energies[name] + squares if name in self.energies else squares
 
     def part(self, name: str) -> "_Record":
@@ -269,7 +278,7 @@ class _Calibration:
         self.progress()
         for run, answer in zip(runs, answers, strict=True):
             run.advance(answer)
-        _trim()
+            _trim()
 
     @contextmanager
     def _copies(self, block: str) -> Iterator["SimpleQueue[nn.Module]"]:
@@ -321,7 +330,8 @@ class _Calibration:
                     found.append(gradients)
                     # While the next one is made there is to be one less of them.
                     del part
-                whole = self._keep(record, self.shared)
+                    _trim()
+            whole = self._keep(record, self.shared)
             tensors = {f"{at}.{place}": g.contiguous() for at, part in enumerate(found) for place, g in enumerate(part)}
             if whole is not None:
                 self.store.save(name, whole, {".safetensors": save(tensors)})

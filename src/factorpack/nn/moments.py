@@ -78,25 +78,25 @@ class Sums:
             self.counts = other.counts if self.counts is None else self.counts + other.counts
 
     def finish(self, name: str) -> WeightStatistics:
-        """The means; a weight that is both looked up and multiplied gets both by their positions.
+        """The means, made of the sums in place; a weight both looked up and multiplied gets both by their positions.
 
         A look-up meets a one-hot input and hands the row on: its moment over the columns is the identity,
         brought to the level of the dense uses. Raises TaskError, with the weight's name, where they are not finite.
         """
-        identity = torch.eye(self.inputs).expand(self.groups, -1, -1)
         total = float(self.positions.max())
         lookups = 0.0 if self.counts is None else float(self.counts.sum())
         if not total:
+            identity = torch.eye(self.inputs).repeat(self.groups, 1, 1)
             return WeightStatistics(
-                identity.clone(), self.transposed, lookups > 0, lookups, self.uses, self.counts if lookups else None
+                identity, self.transposed, lookups > 0, lookups, self.uses, self.counts if lookups else None
             )
-        moments = self.moments / self.positions.clamp_min(1)[:, None, None]
+        moments = self.moments.div_(self.positions.clamp_min(1)[:, None, None])
         if not bool(moments.isfinite().all()):
             raise TaskError(f"the inputs of {name!r} in calibration are too large to be squared: scale them down")
         if lookups:
             share = lookups / (lookups + total)
             level = moments.diagonal(dim1=-2, dim2=-1).mean()
-            moments = (1 - share) * moments + share * level * identity
+            moments = (1 - share) * moments + share * level * torch.eye(self.inputs)
         return WeightStatistics(moments, self.transposed, False, total + lookups, self.uses)
 
 

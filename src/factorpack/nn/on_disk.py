@@ -74,6 +74,8 @@ class NetworkOnDisk:
         values = {stored: self.tensors[stored].float() for stored in names.values()}
         for name, stored in names.items():
             set_module_tensor_to_device(module, name, "cpu", value=values[stored], dtype=torch.float32)
+        # What whoever is asked here lets go of, a head that has done its part, is to be let go of indeed.
+        del values
         placed = dict(module.named_parameters(remove_duplicate=False))
         try:
             yield {name: placed[name] for name in names}
