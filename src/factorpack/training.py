@@ -48,7 +48,10 @@ TRIMMED = 0.01
 """A file that is larger than the promise by at most this part is judged without its codes nearest to zero. Early in a
 training, when few of them are near, that costs much; then it loses against the states before it."""
 LOOK, CODES_A_STEP = 10, 1_000_000
-"""Training steps from one look at the coder's tables, and the size, to the next; more where codes are many."""
+"""Training steps from one look at the size to the next; more where codes are many."""
+LOOKS_A_FIT = 4
+"""Looks from one fit of the coder's tables to the next: between them codes change by little, and a fit took a quarter
+of the time of a small network's training (docs/log.md)."""
 FRESH = 5
 """Training steps from one look at the slopes of the codes' bits to the next."""
 MOMENTS_COST = 0.1
@@ -148,6 +151,8 @@ class Run:
         self.state = State()
         self.complete = False
         self.losses: list[float] = []
+        # Whoever goes on from a kept state fits at once: it was kept after a fit.
+        self._unfitted = LOOKS_A_FIT
         self._judging = 0.0
         self._now = self._reserve = 0.0
         self.controller = RateController(compressed.codes_count(), self._goal())
@@ -233,14 +238,15 @@ class Run:
             if state.step % self.look == 0:
                 if state.step:
                     # At first the prices are those of the file.
-                    self._reprice()
-                    if self._done() * JUDGEMENTS >= state.judged + 1 and self._fits():
+                    due = self._done() * JUDGEMENTS >= state.judged + 1
+                    self._look(due)
+                    if due and self._fits():
                         self._judge()
                         self._keep()
                 self.controller.goal = self._goal()
                 self.controller.seen(self.compressed.coded_bytes(), self._pace)
             self._step()
-        self._reprice()
+        self._look(True)
         self._judge()
         self.complete = True
         if not self.accelerator.is_main_process:
@@ -309,10 +315,15 @@ class Run:
             done = self._done() / (SECOND if self._twice else 1.0)
             self.freezing.freeze(limit_at(done, self._steps_in_all), self.averages.state())
 
-    def _reprice(self) -> None:
-        """Takes the prices, and the size, of the file as it would be now."""
+    def _look(self, fit: bool) -> None:
+        """Takes the size of the file as it would be now; where that is due, or to `fit`, with new tables and prices."""
+        self._unfitted += 1
         with self.averages.in_place():
-            self.compressed.reprice()
+            if fit or self._unfitted >= LOOKS_A_FIT:
+                self.compressed.reprice()
+                self._unfitted = 0
+            else:
+                self.compressed.recount()
 
     def _rest(self) -> None:
         """Takes the network to the file that it would be now, where the second descent begins."""

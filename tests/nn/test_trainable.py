@@ -235,6 +235,27 @@ def test_what_the_coder_took_is_kept_with_the_prices() -> None:
     assert latent.coded_bits == plan_integers(weight.codes.integers).bits.total
 
 
+@pytest.mark.parametrize("name", ["direct; linear;", "sparse_pca; conv2d;", "separable; conv2d, taps;"])
+def test_a_recount_has_the_prices_of_before_for_the_codes_of_now(name: str) -> None:
+    weight = next(weight for label, weight in WEIGHTS.items() if label.startswith(name))
+    latent = TrainableWeight(weight)
+    latent.reprice(pricer)
+    fitted = latent.coded_bits
+    latent.recount()
+    assert latent.coded_bits == pytest.approx(fitted, abs=1e-6)
+    bits, contexts, _ = pricer(weight)
+    drawn = np.random.default_rng(0).random(latent.codes.shape) < 0.1
+    with torch.no_grad():
+        latent.codes.copy_(torch.where(torch.from_numpy(drawn), 0.0, latent.codes))
+    before = weight.codes.integers.clip(-RADIUS, RADIUS)
+    saved = (bits[contexts, before + RADIUS] - bits[contexts, RADIUS])[drawn].sum(dtype=np.float64)
+    latent.recount()
+    assert latent.coded_bits == pytest.approx(fitted - saved, rel=1e-5)
+    recounted = latent.coded_bits
+    latent.reprice(pricer)
+    assert latent.coded_bits == pytest.approx(recounted, rel=0.05)
+
+
 # --- a network ------------------------------------------------------------------------------------------------------
 
 
