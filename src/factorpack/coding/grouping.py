@@ -156,7 +156,7 @@ def _entropy(counts: np.ndarray) -> np.ndarray:
 def levels_of(runs: Runs) -> Levels:
     """The levels of rows and, where they are equally long, of columns."""
     count = runs.values.size
-    clip = min(CLIP, int(np.abs(runs.values).max())) if count else 0
+    clip = min(CLIP, max(int(runs.values.max()), -int(runs.values.min()))) if count else 0
     fine = 32 if count >= 1 << 18 else 16 if count >= 1 << 13 else 8
     if count < 2 * SYMBOLS_PER_CONTEXT:
         fine = 1

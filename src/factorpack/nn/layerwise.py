@@ -16,8 +16,7 @@ import threading
 from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from ctypes import CDLL
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,7 +44,7 @@ from factorpack.nn.statistics import (
     probe,
     tensors_of,
 )
-from factorpack.nn.stored import pays_record
+from factorpack.nn.stored import pays_record, trim
 from factorpack.solve.sequential import row_parts
 from factorpack.tiling import Tiling
 
@@ -274,11 +273,11 @@ class _Calibration:
             raise TaskError(f"batches take different ways through the network's blocks, at {block}: write a task file")
         asked = [run.waiting[2] for run in runs]
         answers = (self._forwards if kind == FORWARDS else self._backwards)(pool, block, asked)
-        _trim()
+        trim()
         self.progress()
         for run, answer in zip(runs, answers, strict=True):
             run.advance(answer)
-            _trim()
+            trim()
 
     @contextmanager
     def _copies(self, block: str) -> Iterator["SimpleQueue[nn.Module]"]:
@@ -330,7 +329,7 @@ class _Calibration:
                     found.append(gradients)
                     # While the next one is made there is to be one less of them.
                     del part
-                    _trim()
+                    trim()
             whole = self._keep(record, self.shared)
             tensors = {f"{at}.{place}": g.contiguous() for at, part in enumerate(found) for place, g in enumerate(part)}
             if whole is not None:
@@ -393,12 +392,6 @@ class _Calibration:
             self.store.save(self.network.entries[name], numbers, {".safetensors": data})
         self.kept |= whole
         return None if later.intersection(names) else whole
-
-
-def _trim() -> None:
-    """Hands freed memory back to the system: of what many threads freed, glibc keeps more than is in use here."""
-    with suppress(OSError, AttributeError, TypeError):
-        CDLL(None).malloc_trim(0)
 
 
 @dataclass(frozen=True, eq=False)

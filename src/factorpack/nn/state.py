@@ -108,7 +108,8 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _floats(tensor: Tensor) -> Float32[np.ndarray, "..."]:
-    return np.array(tensor.detach().cpu().float().numpy(), order="C")
+    # One copy, whatever the dtype.
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous().numpy()
 
 
 def _tiling(tensor: Tensor, seen: WeightStatistics | None) -> Tiling:

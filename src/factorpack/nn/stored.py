@@ -3,7 +3,8 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from ctypes import CDLL
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,12 @@ SMALL = 64
 def pays_record(shape: Sequence[int]) -> bool:
     """Whether a record of its own pays for a tensor."""
     return len(shape) >= 2 and math.prod(shape) >= SMALL
+
+
+def trim() -> None:
+    """Hands freed memory back to the system: between large tensors glibc keeps more than is in use."""
+    with suppress(OSError, AttributeError, TypeError):
+        CDLL(None).malloc_trim(0)
 
 
 @contextmanager
@@ -126,4 +133,5 @@ class StoredLayers(Shaped[Layer]):
     def __getitem__(self, name: str) -> Layer:
         if name not in self.shapes:
             raise KeyError(name)
+        trim()
         return self._make(name)

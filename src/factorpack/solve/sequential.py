@@ -84,11 +84,12 @@ class Price:
 
 def damped(moments: Float[Tensor, "g n n"], share: float = DAMPING) -> Float[Tensor, "g n n"]:
     """`moments` in float64 with a share of their mean input power on the diagonal: they then have an inverse."""
-    moments = moments.double()
-    level = share * moments.diagonal(dim1=-2, dim2=-1).mean(1)
+    found = moments.to(torch.float64, copy=True)
+    diagonal = found.diagonal(dim1=-2, dim2=-1)
+    level = share * diagonal.mean(1)
     # A layer whose inputs were all zero has nothing to say: any positive diagonal does.
-    level = level.where(level > 0, 1)
-    return moments + level[:, None, None] * torch.eye(moments.shape[-1], dtype=torch.float64)
+    diagonal += level.where(level > 0, 1)[:, None]
+    return found
 
 
 class Feedback:
@@ -113,9 +114,11 @@ class Feedback:
         power = moments.diagonal(dim1=-2, dim2=-1)
         tiles = torch.argsort(power.mean(0).reshape(-1, depth).sum(1), descending=True, stable=True)
         self.order = (tiles[:, None] * depth + torch.arange(depth)).reshape(-1)
-        ordered = damped(moments)[:, self.order][:, :, self.order]
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
-        self.factor = torch.linalg.cholesky(inverse, upper=True).float()
+        # Not one of them by name: each may take more than the weight, and goes when the next is there.
+        self.factor = torch.linalg.cholesky(
+            torch.cholesky_inverse(torch.linalg.cholesky(damped(moments)[:, self.order[:, None], self.order])),
+            upper=True,
+        ).float()
         self.diagonal = self.factor.diagonal(dim1=-2, dim2=-1)
         self.coupled = bool(self.factor.triu(1).any())
 
