@@ -494,6 +494,30 @@ def test_halves_tell_how_much_to_make_up_for(name: str) -> None:
     assert moved < 0.6 * blindly
 
 
+@pytest.mark.parametrize("name", BEHIND)
+def test_losses_of_dampings_are_those_on_the_inputs(name: str) -> None:
+    which = BEHIND[name]
+    groups, width = which.tiling.groups, which.tiling.matrix_shape[1]
+    now = rand(groups, 4 * width, width).double()
+    before = now + 0.3 * rand(groups, 4 * width, width, seed=1).double()
+    blocks = torch.from_numpy(which.tiling.matrix(which.tensor)).double().reshape(groups, -1, width)
+    rows = rand(groups, blocks.shape[1], 1, seed=2).double().abs()
+    fitted, other = ((before[:, at::2], now[:, at::2]) for at in range(2))
+    halves = tuple(Met(y.mT @ y / y.shape[1], (x - y).mT @ y / y.shape[1], y.shape[1]) for x, y in (fitted, other))
+    found = layer_module._drift_losses((rows, blocks, 0.5), halves)
+
+    def error(weight: Tensor) -> float:
+        x, y = other
+        return float((rows.mT * (x @ blocks.mT - y @ weight.mT).square()).sum() / y.shape[1])
+
+    expected = []
+    for damping in layer_module.DRIFT_DAMPINGS:
+        level = damping * halves[0].moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        inverse = torch.linalg.inv(halves[0].moments + level * torch.eye(width, dtype=torch.float64))
+        expected.append(error(blocks + blocks @ halves[0].drift @ inverse) - error(blocks))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_symbols_have_a_price_where_others_follow() -> None:
     """It makes weights smaller, which only a later layer can make up for."""
     which = LAYERS["linear"]

@@ -86,16 +86,23 @@ class Met:
 def _drift_losses(
     layer: tuple[Float64[Tensor, "..."], Float64[Tensor, "g o n"], float], halves: tuple[Met, Met]
 ) -> Float64[np.ndarray, " dampings"]:
-    """‖x·W − x̂·(W + M)‖² on the second half, less what M does not change, for M of the first half at each damping."""
+    """‖x·W − x̂·(W + M)‖² on the second half, less what M does not change, for M of the first half at each damping.
+
+    With rows d of drift, a of its aim, and axes of the first half's moments, M is d·s for s = 1/(values + damping), and
+    Σ r·(d·s)·H·(d·s)ᵀ = s·(H ∘ Σ r·dᵀd)·sᵀ: one product for all dampings.
+    """
     (weights, blocks, share), (fitted, other) = layer, halves
-    losses = np.zeros(len(DRIFT_DAMPINGS))
     values, axes = torch.linalg.eigh(fitted.moments.double())
-    level = values.clamp_min(0).mean(1).clamp_min(1e-30)[:, None, None]
+    values = values.clamp_min(0)
+    level = values.mean(1, keepdim=True).clamp_min(1e-30)
     drift = blocks @ fitted.drift.double() @ axes
     moments, aim = axes.mT @ other.moments.double() @ axes, blocks @ other.drift.double() @ axes
+    weighted = weights * drift
+    pairs, once = moments * (weighted.mT @ drift), (weighted * aim).sum(1)
+    losses = np.zeros(len(DRIFT_DAMPINGS))
     for at, damping in enumerate(DRIFT_DAMPINGS):
-        moved = drift / (values[:, None].clamp_min(0) + 2 * damping * share * level)
-        losses[at] = float((weights * moved * (moved @ moments - 2 * aim)).sum())
+        scales = 1 / (values + 2 * damping * share * level)
+        losses[at] = float((scales * ((pairs @ scales[..., None])[..., 0] - 2 * once)).sum())
     return losses
 
 
@@ -142,17 +149,27 @@ class Layer:
         return grains * np.int32(STEP_GRAIN) if grains.any() else None
 
     @cached_property
+    def _row_steps(self) -> Float[Tensor, " m"] | None:
+        return None if self.row_exponents is None else torch.from_numpy(steps_of(self.row_exponents)).float()
+
+    @property
     def scaled(self) -> Problem:
-        """The problem with each output in units of its own step: Ŵ solves `problem` where Ŵ / steps solves this one."""
-        if self.row_exponents is None or self.metric.row_weights is None:
+        """The problem with each output in units of its own step: Ŵ solves `problem` where Ŵ / steps solves this one.
+
+        Made whenever it is asked for: it may be as large as the weight, and of no use once codes are there.
+        """
+        steps = self._row_steps
+        if steps is None:
             return self.problem
-        steps = torch.from_numpy(steps_of(self.row_exponents)).float()
-        metric = Metric(self.metric.moments, self.metric.row_weights * steps.square())
+        metric = Metric(self.metric.moments, self._row_weights)
         return Problem(self.problem.weight / steps[:, None], metric, self.problem.feedback)
 
     @cached_property
     def _row_weights(self) -> Float[Tensor, " m"]:
-        rows = self.scaled.metric.row_weights
+        """Of `scaled`."""
+        rows, steps = self.metric.row_weights, self._row_steps
+        if rows is not None and steps is not None:
+            rows = rows * steps.square()
         return torch.ones(self.tiling.matrix_shape[0]) if rows is None else rows
 
     def behind(self, met: Met, followed: bool = True, each: Map = in_turn) -> "Layer":
@@ -195,7 +212,7 @@ class Layer:
     def step_of(self, residual: float) -> Callable[[float], float]:
         """The step of `scaled` by λ: a step Δ loses ½ r·D·Δ²/12 an entry, a bit more a quarter of it."""
         level = float(self._row_weights.mean()) * residual
-        finest = float(np.abs(self.tensor).max()) / FINEST
+        finest = float(max(self.tensor.max(), -self.tensor.min())) / FINEST
         return lambda rate: max(math.sqrt(12 * rate / (math.log(2) * max(level, 1e-30))), finest, 1e-30)
 
     def step(self, rate: float, residual: float) -> float:
@@ -222,9 +239,9 @@ class Layer:
         return solve(price)
 
     def solve_direct(self, rate: float, pricer: Pricer) -> FactoredWeight:
-        step = self.step(rate, self.problem.feedback.residual)
+        step, problem = self.step(rate, self.problem.feedback.residual), self.scaled
         return self._priced(
-            lambda price: direct(self.scaled, self.tiling, step, price),
+            lambda price: direct(problem, self.tiling, step, price),
             pricer,
             self.looked_up or (self.followed and self.problem.feedback.coupled),
         ).with_steps(self.row_exponents)
