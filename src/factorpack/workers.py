@@ -1,7 +1,7 @@
 """Where independent parts are computed: in this process, in worker processes of this machine, or on a Dask cluster.
 
 Every place computes the same parts with one thread each and hands back what they give in their order, so that bytes do
-not depend on the place. Parts travel as arrays of bytes: what several share is in a file that processes map; Dask's
+not depend on the place. Parts travel as arrays of bytes: large ones are in files that processes map; Dask's
 scheduler keeps all of them, so that what a lost worker had is computed again elsewhere.
 """
 
@@ -32,7 +32,7 @@ AHEAD = 2
 IDLE = 300
 """Seconds after which a process that has nothing to do ends; it begins again with the next part."""
 SENT = 1 << 20
-"""Bytes that go to each part anew; more of them, shared by several, are written once."""
+"""So many bytes go through a pipe; more of them to a file, which is there for several parts."""
 THREADS = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -58,11 +58,14 @@ def _packed(value: object) -> np.ndarray:
     return np.frombuffer(pickle.dumps(value, pickle.HIGHEST_PROTOCOL), np.uint8)
 
 
-def _compute(function: Callable[[Any, Any], Any], shared: np.ndarray | Path, item: np.ndarray) -> np.ndarray:
-    """In a worker: one part, with one thread as everywhere; what is `shared` may be in a file."""
+def _compute(function: Callable[[Any, Any], Any], shared: np.ndarray | Path, item: np.ndarray | Path) -> np.ndarray:
+    """In a worker: one part, with one thread as everywhere; what is handed over may be in files."""
     torch.set_num_threads(1)
-    common = np.memmap(shared, np.uint8, "r") if isinstance(shared, Path) else shared
-    return _packed(function(pickle.loads(common.data), pickle.loads(item.data)))
+    return _packed(function(_unpacked(shared), _unpacked(item)))
+
+
+def _unpacked(handed: np.ndarray | Path) -> Any:
+    return pickle.loads((np.memmap(handed, np.uint8, "r") if isinstance(handed, Path) else handed).data)
 
 
 def check_jobs(jobs: int, cluster: str) -> None:
@@ -111,22 +114,25 @@ def _processes(jobs: int) -> Iterator[Map]:
         executor = ProcessPoolExecutor(jobs, timeout=IDLE, env=dict.fromkeys(THREADS, "1"))
         names = map(Path(folder).joinpath, map(str, count()))
 
+        def handed(packed: np.ndarray) -> np.ndarray | Path:
+            if packed.nbytes <= SENT:
+                return packed
+            packed.tofile(path := next(names))
+            return path
+
         def spread(function: Callable[[Any, Any], Any], shared: Any, items: Iterable[Any]) -> Iterator[Any]:
-            packed = _packed(shared)
-            common: np.ndarray | Path = packed
-            if packed.nbytes > SENT:
-                common = next(names)
-                packed.tofile(common)
-            del packed
+            common = handed(_packed(shared))
+
+            def submit(packed: np.ndarray) -> Any:
+                item = handed(packed)
+                begun = executor.submit(_compute, function, common, item)
+                begun.add_done_callback(lambda _: _removed(item))
+                return begun
+
             try:
-                yield from _in_order(
-                    lambda item: executor.submit(_compute, function, common, item), items, AHEAD * jobs
-                )
+                yield from _in_order(submit, items, AHEAD * jobs)
             finally:
-                if isinstance(common, Path):
-                    # Where a file in use cannot be removed it is with its folder.
-                    with suppress(OSError):
-                        common.unlink()
+                _removed(common)
 
         try:
             with _interrupts_ignored():
@@ -142,6 +148,13 @@ def _processes(jobs: int) -> Iterator[Map]:
         finally:
             # Else a process that is a child of another would wait for them.
             executor.shutdown(kill_workers=True)
+
+
+def _removed(handed: np.ndarray | Path) -> None:
+    if isinstance(handed, Path):
+        # Where a file in use cannot be removed it is with its folder.
+        with suppress(OSError):
+            handed.unlink()
 
 
 def _in_order(submit: Callable[[np.ndarray], Any], items: Iterable[Any], ahead: int) -> Iterator[Any]:

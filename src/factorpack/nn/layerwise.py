@@ -27,6 +27,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from factorpack._shapes import Float
@@ -177,6 +179,31 @@ class _Through(torch.autograd.Function):
         return None, None, None, None, None, *ctx.pause((BACKWARDS, ctx.block, gradients))
 
 
+class _Needed(TorchFunctionMode):
+    """Notes which parameters are used other than by a look-up, whose gradient needs nothing of the table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameters: set[int] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.embedding:
+            self.parameters.update(id(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if _is_parameter(leaf))
+        return func(*args, **kwargs)
+
+
+def _is_parameter(leaf: object) -> bool:
+    return isinstance(leaf, nn.Parameter)
+
+
+def _let_go(parameter: Tensor) -> None:
+    """Frees what a parameter holds, which nobody asks for any more; shape and gradient stay."""
+    parameter.data = parameter.data.new_zeros(1).expand(parameter.shape)
+
+
 @dataclass(eq=False)
 class _Calibration:
     """One pass of a network over its batches; what is found goes to `store`, what is needed on the way to `folder`."""
@@ -215,13 +242,22 @@ class _Calibration:
             self.tensors = tensors_of(self.network.model)
             known = {id(parameter): names[name] for name, parameter in parameters.items()}
             observers = [Observer(known, at, self.generator) for at in range(len(self.batches))]
+            self.needed = [_Needed() for _ in self.batches]
             works = [partial(self._work, at, observer) for at, observer in enumerate(observers)]
             with ThreadPoolExecutor(self.threads) as pool, running(works) as runs:
                 # One after the other, also because the network around the blocks is one for all.
                 for run in runs:
                     run.advance()
+                tables = list(parameters.values())
                 while any(run.waiting for run in runs):
                     self._drain(observers)
+                    if all(run.waiting and run.waiting[0] == BACKWARDS for run in runs):
+                        # Tables that words were looked up in are of no more use, and may be the largest of all.
+                        needed = set().union(*(one.parameters for one in self.needed))
+                        for parameter in tables:
+                            if id(parameter) not in needed:
+                                _let_go(parameter)
+                        tables.clear()
                     self._at_block(pool, runs)
             self._drain(observers)
         self._keep(self.outside)
@@ -252,12 +288,12 @@ class _Calibration:
         self.taken[id(parameter)] += 1
         if self.taken[id(parameter)] == len(self.batches):
             # A head is of no more use once all runs are back at the last block, and may be the largest of all weights.
-            parameter.data = parameter.data.new_zeros(1).expand(parameter.shape)
+            _let_go(parameter)
 
     def _work(self, at: int, observer: Observer, pause: Pause) -> None:
         """One batch through the network and back."""
         self.here.pause, self.here.observer = pause, observer
-        with torch.enable_grad(), observer:
+        with torch.enable_grad(), observer, self.needed[at]:
             out = call_model(self.network.model, self.batches[at])
         check_output(out, self.tensors, self.batches[at])
         self.predictions += out.shape[:-1].numel()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from factorpack._shapes import Float, Float32, Float64, Int32
-from factorpack.factors import STEPS_PER_OCTAVE, Codes, FactoredWeight, kernel_of, steps_of
+from factorpack.factors import ENTRIES_AT_ONCE, STEPS_PER_OCTAVE, Codes, FactoredWeight, kernel_of, parts, steps_of
 from factorpack.solve.objective import Metric, distortion
 from factorpack.solve.projected_gradient import GradientSettings
 from factorpack.solve.projected_gradient import solve as descend
@@ -28,7 +28,6 @@ from factorpack.solve.sequential import (
     direct,
     in_turn,
     principal_basis,
-    row_parts,
     vector_quantised,
     with_basis,
     with_tap_basis,
@@ -125,14 +124,15 @@ class Layer:
     each: Map = in_turn
 
     def __getstate__(self) -> dict[str, Any]:
-        """What goes to a worker: not what was computed of it, which takes far more."""
-        return {part.name: getattr(self, part.name) for part in fields(self)} | {"each": in_turn}
+        """What goes to a worker: of what was computed of it the feedback, which takes long, and not what takes more."""
+        computed = {"_feedback": self._feedback} if "_feedback" in self.__dict__ else {}
+        return {part.name: getattr(self, part.name) for part in fields(self)} | {"each": in_turn} | computed
 
     @cached_property
     def problem(self) -> Problem:
         return Problem(torch.from_numpy(self.tiling.matrix(self.tensor)), self.metric, self._feedback)
 
-    @property
+    @cached_property
     def _feedback(self) -> Feedback:
         inputs = self.tiling.matrix_shape[1]
         return Feedback(inputs if self.metric.moments is None else self.metric.moments, 1, self.paths, self.each)
@@ -203,8 +203,9 @@ class Layer:
         moments, rows, total = self.metric.moments, self.metric.row_weights, 0.0
         if moments is not None and len(moments) > 1:
             return 0.5 * float(distortion(self.problem.weight, found, self.metric))
-        # By parts: the error and its product with the moments take as much as the weight each.
-        for part in row_parts(found):
+        # By parts, small ones where a weight is large: the error and all that is made of it take as much each.
+        most = ENTRIES_AT_ONCE // 4 if found.numel() > ENTRIES_AT_ONCE else None
+        for part in parts(len(found), found.shape[1], most):
             metric = Metric(moments, None if rows is None else rows[part])
             total += float(distortion(self.problem.weight[part], found[part], metric))
         return 0.5 * total
