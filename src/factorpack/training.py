@@ -49,9 +49,9 @@ TRIMMED = 0.01
 training, when few of them are near, that costs much; then it loses against the states before it."""
 LOOK, CODES_A_STEP = 10, 1_000_000
 """Training steps from one look at the size to the next; more where codes are many."""
-LOOKS_A_FIT = 4
-"""Looks from one fit of the coder's tables to the next: between them codes change by little, and a fit took a quarter
-of the time of a small network's training (docs/log.md)."""
+LOOKS_A_FIT, MOVED = 4, 0.002
+"""Looks from one fit of the coder's tables to the next, fewer where the size has moved by more than that part of it:
+else codes have changed by little, and a fit took a quarter of a small network's training (docs/log.md)."""
 FRESH = 5
 """Training steps from one look at the slopes of the codes' bits to the next."""
 MOMENTS_COST = 0.1
@@ -152,7 +152,7 @@ class Run:
         self.complete = False
         self.losses: list[float] = []
         # Whoever goes on from a kept state fits at once: it was kept after a fit.
-        self._unfitted = LOOKS_A_FIT
+        self._unfitted, self._fitted = LOOKS_A_FIT, max(compressed.coded_bytes(), 1.0)
         self._judging = 0.0
         self._now = self._reserve = 0.0
         self.controller = RateController(compressed.codes_count(), self._goal())
@@ -319,11 +319,11 @@ class Run:
         """Takes the size of the file as it would be now; where that is due, or to `fit`, with new tables and prices."""
         self._unfitted += 1
         with self.averages.in_place():
-            if fit or self._unfitted >= LOOKS_A_FIT:
+            self.compressed.recount()
+            moved = abs(self.compressed.coded_bytes() / self._fitted - 1)
+            if fit or self._unfitted >= LOOKS_A_FIT or moved > MOVED:
                 self.compressed.reprice()
-                self._unfitted = 0
-            else:
-                self.compressed.recount()
+                self._unfitted, self._fitted = 0, max(self.compressed.coded_bytes(), 1.0)
 
     def _rest(self) -> None:
         """Takes the network to the file that it would be now, where the second descent begins."""
