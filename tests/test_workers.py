@@ -1,6 +1,7 @@
 """Bytes do not depend on where parts are computed: here, in processes, on a cluster of which a worker is killed."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -126,6 +127,22 @@ def test_a_worker_s_error_is_that_of_one_process(two):
     with pytest.raises(BudgetError, match="^[0-3] cannot be met$"):
         list(two.map(refused, None, range(4)))
     assert list(two.map(doubled, 1, range(3))) == [1, 3, 5], "and the workers go on"
+
+
+def test_large_parts_go_by_files_that_do_not_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    large = np.ones(workers.SENT)
+    with working(2, "") as by:
+        found = list(by.map(doubled, large, (np.full(workers.SENT, i) for i in range(3))))
+        assert [float(one.mean()) for one in found] == [1, 3, 5]
+        (folder,) = tmp_path.iterdir()
+        assert not list(folder.iterdir())
+        shutil.rmtree(folder)
+        with pytest.raises(
+            WorkerError, match="cannot be written to .*: make room there, or name another place in TMPDIR$"
+        ):
+            list(by.map(doubled, large, range(3)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_lost_process_is_told_of():

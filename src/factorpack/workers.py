@@ -117,7 +117,13 @@ def _processes(jobs: int) -> Iterator[Map]:
         def handed(packed: np.ndarray) -> np.ndarray | Path:
             if packed.nbytes <= SENT:
                 return packed
-            packed.tofile(path := next(names))
+            try:
+                packed.tofile(path := next(names))
+            except OSError as error:
+                raise WorkerError(
+                    f"what processes share cannot be written to {folder} ({error}): make room there, or name another "
+                    f"place in TMPDIR"
+                ) from error
             return path
 
         def spread(function: Callable[[Any, Any], Any], shared: Any, items: Iterable[Any]) -> Iterator[Any]:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 pytest.importorskip("accelerate", reason="networks on disk need accelerate")
 
 from factorpack.errors import MismatchError, TaskError
+from factorpack.nn import layerwise
 from factorpack.nn.layerwise import Observation, calibrate
 from factorpack.nn.on_disk import NetworkOnDisk
 from factorpack.nn.state import read_on_disk, read_state
@@ -49,6 +50,13 @@ class Network(nn.Module):
         for place in self.order:
             x, shift, _ = self.layers[place](x, shift=shift, mask=mask)
         return self.head(F.normalize(x, dim=-1))
+
+
+class Twice(Network):
+    """Its table is its head, too, without a name for that."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) + F.linear(self.table(ids), self.table.weight)
 
 
 def network(**options) -> Network:
@@ -112,6 +120,32 @@ def test_calibration_says_what_it_says_of_the_network_in_memory(output, tmp_path
             assert_near(other.metric.moments, layer.metric.moments)
     for name, small in known.small.items():
         assert_near(torch.from_numpy(found.small[name].curvature), torch.from_numpy(small.curvature))
+
+
+@pytest.mark.parametrize("kind", [Network, Twice])
+def test_a_table_is_let_go_of_where_nothing_but_a_look_up_needs_it(kind, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = kind().eval()
+    there, gone, let_go = on_disk(model, tmp_path), [], layerwise._let_go
+
+    def told(parameter: Tensor) -> None:
+        gone.append((parameter is there.model.table.weight, parameter.grad is None and not taken))
+        let_go(parameter)
+
+    taken: list[str] = []
+    of_gradient = layerwise._Record.take_gradient
+
+    def noted(self, name, parameter, sums):
+        taken.extend([name] if name == "table.weight" else [])
+        of_gradient(self, name, parameter, sums)
+
+    monkeypatch.setattr(layerwise, "_let_go", told)
+    monkeypatch.setattr(layerwise._Record, "take_gradient", noted)
+    seen = calibrate(Observation(there, batches(), "logits"), 0, store(tmp_path), silent)
+    assert ((True, True) in gone) == (kind is Network)
+    known = collect(model, batches(), "logits", 0).fisher
+    for name in ("table.weight", "head.weight", "layers.0.up.weight"):
+        assert_near(seen[name].energies, known[name].sum(1))
 
 
 def test_of_a_tied_tensor_the_uses_count_each_by_itself(tmp_path):
