@@ -50,7 +50,7 @@ def test_minilm_at_five_megabytes(tmp_path):
         ratings, first, second = zip(*sts_pairs(f"{year}/*.test.tsv"), strict=True)
         vectors = [encoder.encode(list(texts), normalize_embeddings=True) for texts in (first, second)]
         scores.append(100 * spearmanr((vectors[0] * vectors[1]).sum(1), ratings).statistic)
-    # Measured: 82.83; the original has 82.99.
+    # Measured: 82.83 and, on another processor, 82.39; the original has 82.99.
     assert sum(scores) / 2 > 82
 
 
