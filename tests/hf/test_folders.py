@@ -343,8 +343,9 @@ def test_a_network_too_large_for_memory_is_calibrated_block_by_block(kind, made,
     data = hf_folders.images(tmp_path / "images") if kind == "vit" else sentences
     monkeypatch.setattr(calibration, "LARGEST_IN_MEMORY", 0)
     network = calibration.calibrated(read_folder(source), data, 0).model
-    # transformers has other names for the weights of a ViT than there are on disk: it is brought into memory.
-    assert isinstance(network, NetworkOnDisk) == (kind != "vit")
+    # transformers 5 has other names for the weights of a ViT than there are on disk: it is brought into memory.
+    renamed = kind == "vit" and not transformers.__version__.startswith("4.")
+    assert isinstance(network, NetworkOnDisk) != renamed
     size = KINDS.get(kind, 6_000)
     told = answer(source, "--calibrate", data, "--size", size, "--form", "direct", "--out", tmp_path / "out")
     assert told["size_bytes"] <= size

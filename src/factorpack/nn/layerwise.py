@@ -283,8 +283,10 @@ class _Calibration:
     def _taken(self, name: str, parameter: Tensor) -> None:
         """Of a tensor around the blocks: its gradient in the run of this thread, which then makes room for others."""
         observer: Observer = self.here.observer
-        self.outside.take_gradient(name, parameter, ChainMap(observer.sums, self.outside.sums))
-        check_gradient(name, self.outside.energies[name], self.tensors, self.batches[observer.batch])
+        # Autograd tells of a gradient of nothing but zeros without making one.
+        if parameter.grad is not None:
+            self.outside.take_gradient(name, parameter, ChainMap(observer.sums, self.outside.sums))
+            check_gradient(name, self.outside.energies[name], self.tensors, self.batches[observer.batch])
         self.taken[id(parameter)] += 1
         if self.taken[id(parameter)] == len(self.batches):
             # A head is of no more use once all runs are back at the last block, and may be the largest of all weights.
@@ -389,8 +391,9 @@ class _Calibration:
         record = _Record()
 
         def taken(name: str, parameter: Tensor) -> None:
-            record.take_gradient(name, parameter, observer.sums)
-            check_gradient(name, record.energies[name], tensors, self.batches[at])
+            if parameter.grad is not None:
+                record.take_gradient(name, parameter, observer.sums)
+                check_gradient(name, record.energies[name], tensors, self.batches[at])
 
         handles = [parameter.register_post_accumulate_grad_hook(partial(taken, name)) for name, parameter in parameters]
         try:
