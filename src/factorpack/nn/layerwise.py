@@ -180,23 +180,20 @@ class _Through(torch.autograd.Function):
 
 
 class _Needed(TorchFunctionMode):
-    """Notes which parameters are used other than by a look-up, whose gradient needs nothing of the table."""
+    """Puts in `parameters` those used other than by a look-up, whose gradient needs nothing of the table."""
 
-    def __init__(self) -> None:
+    def __init__(self, parameters: set[int]) -> None:
         super().__init__()
-        self.parameters: set[int] = set()
+        self.parameters = parameters
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is not F.embedding:
-            self.parameters.update(id(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if _is_parameter(leaf))
+            leaves = pytree.tree_leaves((args, kwargs))
+            self.parameters.update(id(leaf) for leaf in leaves if isinstance(leaf, nn.Parameter))
         return func(*args, **kwargs)
-
-
-def _is_parameter(leaf: object) -> bool:
-    return isinstance(leaf, nn.Parameter)
 
 
 def _let_go(parameter: Tensor) -> None:
@@ -221,6 +218,8 @@ class _Calibration:
     """Of what is in the store."""
     taken: Counter[int] = field(default_factory=Counter)
     """In how many runs the gradient of a tensor around the blocks was taken, by its identity."""
+    needed: set[int] = field(default_factory=set)
+    """Of these, by their identity: all that are more than tables."""
     calls: dict[tuple[str, int], _Call] = field(default_factory=dict)
     here: threading.local = field(default_factory=threading.local)
     """Of the thread: how its run pauses."""
@@ -242,7 +241,6 @@ class _Calibration:
             self.tensors = tensors_of(self.network.model)
             known = {id(parameter): names[name] for name, parameter in parameters.items()}
             observers = [Observer(known, at, self.generator) for at in range(len(self.batches))]
-            self.needed = [_Needed() for _ in self.batches]
             works = [partial(self._work, at, observer) for at, observer in enumerate(observers)]
             with ThreadPoolExecutor(self.threads) as pool, running(works) as runs:
                 # One after the other, also because the network around the blocks is one for all.
@@ -253,9 +251,8 @@ class _Calibration:
                     self._drain(observers)
                     if all(run.waiting and run.waiting[0] == BACKWARDS for run in runs):
                         # Tables that words were looked up in are of no more use, and may be the largest of all.
-                        needed = set().union(*(one.parameters for one in self.needed))
                         for parameter in tables:
-                            if id(parameter) not in needed:
+                            if id(parameter) not in self.needed:
                                 _let_go(parameter)
                         tables.clear()
                     self._at_block(pool, runs)
@@ -295,7 +292,7 @@ class _Calibration:
     def _work(self, at: int, observer: Observer, pause: Pause) -> None:
         """One batch through the network and back."""
         self.here.pause, self.here.observer = pause, observer
-        with torch.enable_grad(), observer, self.needed[at]:
+        with torch.enable_grad(), observer, _Needed(self.needed):
             out = call_model(self.network.model, self.batches[at])
         check_output(out, self.tensors, self.batches[at])
         self.predictions += out.shape[:-1].numel()
