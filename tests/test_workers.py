@@ -122,6 +122,21 @@ def test_results_come_in_the_order_of_the_items(two):
     assert list(two.map(doubled, 1, [])) == []
 
 
+def waiting_for_the_last(folder: Path, item: int) -> bool:
+    """The first part waits until the last one has begun."""
+    last = folder / "last"
+    if item == 19:
+        last.touch()
+    until = time.monotonic() + 30
+    while item == 0 and not last.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    return item > 0 or last.exists()
+
+
+def test_a_long_part_that_comes_first_keeps_no_other_waiting(two, tmp_path):
+    assert all(two.map(waiting_for_the_last, tmp_path, range(20)))
+
+
 def test_a_worker_s_error_is_that_of_one_process(two):
     # Of several that fail the first to be heard of counts.
     with pytest.raises(BudgetError, match="^[0-3] cannot be met$"):

@@ -11,6 +11,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, count, islice
@@ -28,7 +29,8 @@ from factorpack.solve.sequential import Map, in_turn
 CONNECTING = 10
 """Seconds that a scheduler and its first worker may take to answer."""
 AHEAD = 2
-"""Parts a worker that are on their way at a time: more would only take memory."""
+"""Parts a worker that are on their way at a time: more would only take memory. Those that are done do not count, or
+all would wait for a large one that came first."""
 IDLE = 300
 """Seconds after which a process that has nothing to do ends; it begins again with the next part."""
 SENT = 1 << 20
@@ -136,7 +138,7 @@ def _processes(jobs: int) -> Iterator[Map]:
                 return begun
 
             try:
-                yield from _in_order(submit, items, AHEAD * jobs)
+                yield from _in_order(submit, wait, items, AHEAD * jobs)
             finally:
                 _removed(common)
 
@@ -163,15 +165,22 @@ def _removed(handed: np.ndarray | Path) -> None:
             handed.unlink()
 
 
-def _in_order(submit: Callable[[np.ndarray], Any], items: Iterable[Any], ahead: int) -> Iterator[Any]:
-    """What `submit` gives futures of for each of the items, `ahead` of them begun or waiting at a time."""
-    waiting: deque[Any] = deque()
+def _in_order(
+    submit: Callable[[np.ndarray], Any], wait: Callable[..., Any], items: Iterable[Any], ahead: int
+) -> Iterator[Any]:
+    """What `submit` gives futures of for each of the items, in their order.
+
+    So many are on their way at a time; `wait(futures, return_when="FIRST_COMPLETED")` waits for one of them.
+    """
+    begun: deque[Any] = deque()
     for item in items:
-        waiting.append(submit(_packed(item)))
-        if len(waiting) >= ahead:
-            yield pickle.loads(waiting.popleft().result().data)
-    while waiting:
-        yield pickle.loads(waiting.popleft().result().data)
+        begun.append(submit(_packed(item)))
+        while len(busy := [future for future in begun if not future.done()]) >= ahead:
+            wait(busy, return_when=FIRST_COMPLETED)
+        while begun and begun[0].done():
+            yield pickle.loads(begun.popleft().result().data)
+    while begun:
+        yield pickle.loads(begun.popleft().result().data)
 
 
 @contextmanager
@@ -204,6 +213,7 @@ def _clustered(address: str) -> Iterator[Map]:
     try:
         import dask
         from distributed import CancelledError, Client, KilledWorker
+        from distributed import wait as wait_there
         from distributed.comm.core import CommClosedError
     except ImportError as error:
         raise UnsupportedError("--cluster needs Dask: pip install factorpack[cluster]") from error
@@ -214,7 +224,15 @@ def _clustered(address: str) -> Iterator[Map]:
 
         def spread(function: Callable[[Any, Any], Any], shared: Any, items: Iterable[Any]) -> Iterator[Any]:
             common = client.submit(_kept, _packed(shared), pure=False)
-            yield from _in_order(lambda item: client.submit(_compute, function, common, item, pure=False), items, ahead)
+
+            def submit(item: np.ndarray) -> Any:
+                return client.submit(_compute, function, common, item, pure=False)
+
+            def waited(futures: list[Any], return_when: str) -> None:
+                with client.as_current():
+                    wait_there(futures, return_when=return_when)
+
+            yield from _in_order(submit, waited, items, ahead)
 
         try:
             yield spread
