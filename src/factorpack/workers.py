@@ -230,7 +230,7 @@ def _clustered(address: str) -> Iterator[Map]:
 
             def waited(futures: list[Any], return_when: str) -> None:
                 with client.as_current():
-                    wait_there(futures, return_when=return_when)
+                    wait_there(futures, return_when=return_when)  # type: ignore[no-untyped-call]
 
             yield from _in_order(submit, waited, items, ahead)
 
