@@ -5,6 +5,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -30,6 +31,7 @@ from factorpack.nn.stored import Shaped, StoredTensors
 from factorpack.options import Options, Progress
 from factorpack.plan import ModelPlan
 from factorpack.search import pack
+from factorpack.solve.layer import Layer
 from factorpack.store import Store
 from factorpack.task import Evaluate, Scores, Task, as_scores, checked_output
 from factorpack.workers import ALONE, Workers, working
@@ -170,6 +172,9 @@ class Source:
             return read_state(model.state_dict(keep_vars=True), model, None, options.exclude)
         statistics = keep(lambda: self._observed(model, options.seed, progress, workers))
         state = read_state(model.state_dict(keep_vars=True), model, statistics, options.exclude)
+        with ThreadPoolExecutor(workers.threads) as pool:
+            for _ in pool.map(Layer.prepare, state.layers.values()):
+                pass
         return replace(state, prefix=Prefix(model, self.batches, statistics, workers.threads))
 
     def _observed(self, model: nn.Module, seed: int, progress: Progress, workers: Workers) -> Statistics:

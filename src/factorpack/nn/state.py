@@ -166,7 +166,7 @@ def _metric(tiling: Tiling, seen: WeightStatistics | None, entries: Float[Tensor
 
 def _power(layer: Layer) -> float:
     """What it would cost the network to lose the whole layer, as the metric has it."""
-    matrix = layer.problem.weight
+    matrix = torch.from_numpy(layer.tiling.matrix(layer.tensor))
     return 0.5 * float((matrix * layer.metric.apply(matrix)).sum())
 
 
@@ -281,7 +281,8 @@ def read_state(
             squares = known.detach().cpu().float()
             layers[name] = _measured(name, tensor, seen, energies(squares, _tiling(tensor, seen)))
     # A layer that nothing is known of counts as much as the others do in the middle.
-    typical = float(np.median([_power(layer) for layer in layers.values()])) if layers else None
+    alone = layers and len(layers) < len(pending)
+    typical = float(np.median([_power(layer) for layer in layers.values()])) if alone else None
     for name, tensor in pending.items():
         if name not in layers:
             layers[name] = _relative(name, tensor, typical)

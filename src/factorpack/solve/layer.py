@@ -134,8 +134,16 @@ class Layer:
 
     @cached_property
     def _feedback(self) -> Feedback:
+        return self._made_feedback()
+
+    def _made_feedback(self) -> Feedback:
         inputs = self.tiling.matrix_shape[1]
         return Feedback(inputs if self.metric.moments is None else self.metric.moments, 1, self.paths, self.each)
+
+    def prepare(self) -> None:
+        """Makes what every solution takes, which workers would else make again for each; in threads for many."""
+        # Before Python 3.12 a cached_property holds one lock for all layers.
+        self.__dict__.setdefault("_feedback", self._made_feedback())
 
     @cached_property
     def row_exponents(self) -> Int32[np.ndarray, " m"] | None:
