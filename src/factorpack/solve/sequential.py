@@ -34,7 +34,7 @@ from factorpack.factors import (
     steps_of,
 )
 from factorpack.solve.objective import Metric
-from factorpack.solve.start import kmeans
+from factorpack.solve.start import codebook
 from factorpack.tiling import Tiling
 
 DAMPING = 0.05
@@ -475,7 +475,7 @@ def vector_quantised(problem: Problem, tiling: Tiling, codewords: int, generator
     tiles = problem.weight.reshape(-1, depth).T
     rows = problem.metric.row_weights
     weights = None if rows is None else rows.repeat_interleave(problem.weight.shape[1] // depth).expand(depth, -1)
-    centres = kmeans(tiles, codewords, generator, weights)[0]
+    centres, _ = codebook(tiles, codewords, generator, weights)
     step, exponents = snapped(max(float(centres.abs().max()) / 127, 1e-30))
     integers = torch.round(centres / step)
     found = round_tiles(problem.blocks, Feedback(problem.moments, depth), integers.T * step)

@@ -170,17 +170,17 @@ def lloyd(
     return codewords, indices
 
 
-def kmeans(
+def codebook(
     tiles: Float[Tensor, "d N"],
     rank: int,
     generator: torch.Generator,
     weights: Float[Tensor, "d N"] | None = None,
     iterations: int = 50,
-) -> tuple[Float[Tensor, "d k"], Integer[Tensor, " N"]]:
-    """k codewords and the index of each tile's: k-means++, then `lloyd`. `weights` say what an entry's error counts.
+) -> tuple[Float[Tensor, "d k"], Integer[Tensor, " N"] | None]:
+    """k codewords by k-means++, then `lloyd`, and the index of each tile's. `weights` say what an entry's error counts.
 
-    Codewords of many tiles are those of a sample (`TILES_PER_CODEWORD`). Raises MismatchError where there are fewer
-    tiles than codewords.
+    Codewords of many tiles are those of a sample (`TILES_PER_CODEWORD`): then there are no indices. Raises
+    MismatchError where there are fewer tiles than codewords.
     """
     count = tiles.shape[1]
     if not 1 <= rank <= count:
@@ -188,9 +188,21 @@ def kmeans(
     weights = torch.ones_like(tiles) if weights is None else weights
     if count > TILES_PER_CODEWORD * rank:
         chosen = torch.randperm(count, generator=generator)[: TILES_PER_CODEWORD * rank]
-        codewords, _ = kmeans(tiles[:, chosen], rank, generator, weights[:, chosen], iterations)
-        return codewords, nearest_codewords(tiles, codewords, weights)[0]
+        return codebook(tiles[:, chosen], rank, generator, weights[:, chosen], iterations)[0], None
     return lloyd(tiles, _spread_codewords(tiles, rank, weights, generator), weights, iterations)
+
+
+def kmeans(
+    tiles: Float[Tensor, "d N"],
+    rank: int,
+    generator: torch.Generator,
+    weights: Float[Tensor, "d N"] | None = None,
+    iterations: int = 50,
+) -> tuple[Float[Tensor, "d k"], Integer[Tensor, " N"]]:
+    """A `codebook`, and the index of every tile's codeword."""
+    weights = torch.ones_like(tiles) if weights is None else weights
+    codewords, indices = codebook(tiles, rank, generator, weights, iterations)
+    return codewords, nearest_codewords(tiles, codewords, weights)[0] if indices is None else indices
 
 
 def search_steps(lines: Float[Tensor, "L C"], low: int, high: int) -> Float[Tensor, " L"]:
