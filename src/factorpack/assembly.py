@@ -101,10 +101,12 @@ class Assembly:
         return Contents({name: stored[name] for name in state.dtypes if name in stored}, state.dtypes, aliases)
 
     def written(self, chosen: Mapping[str, Candidate], small: Mapping[str, FactoredVector]) -> bytes:
-        missing = [candidate for candidate in chosen.values() if candidate not in self.records]
+        shapes = self.state.shapes
+        # The largest first: to make it may take most of the memory, while the records of all others take none yet.
+        order = sorted(chosen, key=lambda name: -math.prod(shapes[name]))
+        missing = [chosen[name] for name in order if chosen[name] not in self.records]
         made = self.workers.map(_record, None, (candidate.make() for candidate in missing))
         self.records.update(zip(missing, made, strict=True))
-        shapes = self.state.shapes
         contents = self._contents({name: _outline(shapes[name]) for name in chosen}, small)
         return to_bytes(contents, [self.records[chosen[name]].data for name in contents.tensors if name in chosen])
 

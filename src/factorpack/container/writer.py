@@ -58,11 +58,10 @@ def to_bytes(contents: Contents, records: Sequence[bytes] | None = None) -> byte
     if exact:
         parts.append(deflate(b"".join(np.ascontiguousarray(v).tobytes() for v in exact)))
     stored = deflate(index := _index(contents, [len(part) for part in parts]))
-    blob = bytearray(struct.pack("<III", len(stored), len(index), zlib.crc32(stored)))
-    blob += stored
-    for part in parts:
-        blob += part + struct.pack("<I", zlib.crc32(part))
-    return save({KEY: np.frombuffer(bytes(blob), np.uint8)}, metadata={KEY: VERSION})
+    head = struct.pack("<III", len(stored), len(index), zlib.crc32(stored)) + stored
+    checked = (piece for part in parts for piece in (part, struct.pack("<I", zlib.crc32(part))))
+    # Copied no more often than can be helped: of a large network this may be the most that memory is asked for.
+    return save({KEY: np.frombuffer(b"".join((head, *checked)), np.uint8)}, metadata={KEY: VERSION})
 
 
 def _index(contents: Contents, sizes: Sequence[int]) -> bytes:
