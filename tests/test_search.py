@@ -297,6 +297,24 @@ def test_a_rung_knows_the_size_of_its_file(digits_state, rungs):
     assert len(data) == pytest.approx(step.size_bytes, abs=16)
 
 
+def test_the_largest_weights_of_a_file_are_made_first(digits_state, rungs):
+    step, sizes = rungs[2], []
+
+    def noted(found: Candidate) -> Candidate:
+        def make():
+            sizes.append((weight := found.make()).tensor().size)
+            return weight
+
+        return replace(found, make=make)
+
+    assembly = Assembly(digits_state)
+    layers = {name: noted(found) for name, found in step.layers.items()}
+    data = assembly.written(layers, assembly.vectors(step.rate))
+    assert len(set(sizes)) > 1
+    assert sizes == sorted(sizes, reverse=True), "while the records of the others take no memory yet"
+    assert data == assembly.written(step.layers, assembly.vectors(step.rate))
+
+
 def test_progress_behind_a_prefix_counts_its_layers(digits_state, rungs):
     calls = []
     pack(digits_state, 4000, Options(), lambda *call: calls.append(call), rungs)
