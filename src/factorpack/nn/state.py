@@ -281,8 +281,8 @@ def read_state(
             squares = known.detach().cpu().float()
             layers[name] = _measured(name, tensor, seen, energies(squares, _tiling(tensor, seen)))
     # A layer that nothing is known of counts as much as the others do in the middle.
-    alone = layers and len(layers) < len(pending)
-    typical = float(np.median([_power(layer) for layer in layers.values()])) if alone else None
+    powers = [_power(layer) for layer in layers.values()] if len(layers) < len(pending) else []
+    typical = float(np.median(powers)) if powers else None
     for name, tensor in pending.items():
         if name not in layers:
             layers[name] = _relative(name, tensor, typical)
