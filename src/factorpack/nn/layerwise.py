@@ -277,13 +277,21 @@ class _Calibration:
         given, tree = told
         return pytree.tree_unflatten([next(floats) if _floating(leaf) else leaf for leaf in given], tree)
 
+    def _take(
+        self, record: _Record, name: str, parameter: Tensor, sums: Mapping[str, Sums],
+        tensors: Mapping[str, Tensor], at: int,
+    ) -> None:  # fmt: skip
+        """Puts in `record` the gradient of a parameter in batch `at`; raises TaskError where it is not finite."""
+        # Autograd tells of a gradient of nothing but zeros without making one.
+        if parameter.grad is not None:
+            record.take_gradient(name, parameter, sums)
+            check_gradient(name, record.energies[name], tensors, self.batches[at])
+
     def _taken(self, name: str, parameter: Tensor) -> None:
         """Of a tensor around the blocks: its gradient in the run of this thread, which then makes room for others."""
         observer: Observer = self.here.observer
-        # Autograd tells of a gradient of nothing but zeros without making one.
-        if parameter.grad is not None:
-            self.outside.take_gradient(name, parameter, ChainMap(observer.sums, self.outside.sums))
-            check_gradient(name, self.outside.energies[name], self.tensors, self.batches[observer.batch])
+        sums = ChainMap(observer.sums, self.outside.sums)
+        self._take(self.outside, name, parameter, sums, self.tensors, observer.batch)
         self.taken[id(parameter)] += 1
         if self.taken[id(parameter)] == len(self.batches):
             # A head is of no more use once all runs are back at the last block, and may be the largest of all weights.
@@ -388,9 +396,7 @@ class _Calibration:
         record = _Record()
 
         def taken(name: str, parameter: Tensor) -> None:
-            if parameter.grad is not None:
-                record.take_gradient(name, parameter, observer.sums)
-                check_gradient(name, record.energies[name], tensors, self.batches[at])
+            self._take(record, name, parameter, observer.sums, tensors, at)
 
         handles = [parameter.register_post_accumulate_grad_hook(partial(taken, name)) for name, parameter in parameters]
         try:

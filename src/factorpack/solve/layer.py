@@ -143,7 +143,8 @@ class Layer:
     def prepare(self) -> None:
         """Makes what every solution takes, which workers would else make again for each; in threads for many."""
         # Before Python 3.12 a cached_property holds one lock for all layers.
-        self.__dict__.setdefault("_feedback", self._made_feedback())
+        if "_feedback" not in self.__dict__:
+            self.__dict__["_feedback"] = self._made_feedback()
 
     @cached_property
     def row_exponents(self) -> Int32[np.ndarray, " m"] | None:

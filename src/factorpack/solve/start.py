@@ -200,7 +200,6 @@ def kmeans(
     iterations: int = 50,
 ) -> tuple[Float[Tensor, "d k"], Integer[Tensor, " N"]]:
     """A `codebook`, and the index of every tile's codeword."""
-    weights = torch.ones_like(tiles) if weights is None else weights
     codewords, indices = codebook(tiles, rank, generator, weights, iterations)
     return codewords, nearest_codewords(tiles, codewords, weights)[0] if indices is None else indices
 
