@@ -88,7 +88,7 @@ def test_training_wins_back_what_rounding_lost_within_the_size(task: Task, file:
 
 def test_bits_move_until_another_size_is_met(task: Task, file: Path, tmp_path: Path) -> None:
     out, size = tmp_path / "smaller.fpk", 1200
-    report = trained(task, file, out, steps=300, size=size)
+    report = trained(task, file, out, steps=400, size=size)
     assert 0.97 * size < out.stat().st_size <= size
     assert math.isinf(report.held_loss_before)
     codes = [
@@ -139,6 +139,24 @@ def test_the_last_tenth_of_a_long_training_has_norms_as_in_the_file_and_begins_a
     assert rates[89] < 0.001 < 0.0075 < max(rates[90:]) <= 0.008
     assert off[89] > 0.1
     assert off[90] < 1e-4
+
+
+@pytest.mark.parametrize("compare", ["auto", "squares"])
+def test_a_sure_original_is_compared_at_a_higher_temperature(
+    task: Task, file: Path, tmp_path: Path, compare: str
+) -> None:
+    told: list[str] = []
+    options = TrainingOptions(steps=1, compare=compare)
+    found = Run(task.model(), file, tmp_path / "out.fpk", Lessons(task.training), options, note=told.append)
+    with torch.no_grad():
+        logits = torch.cat([task.model()(batch) for batch, _ in found.course.held.lessons])
+    temperature = found.learner.objective.temperature
+    assert any("temperature" in line for line in told) == (compare == "auto")
+    if compare == "squares":
+        assert temperature == 1
+        return
+    assert logits.softmax(-1).amax(-1).mean() > 0.9
+    assert (logits / temperature).softmax(-1).amax(-1).mean() == pytest.approx(0.8, abs=0.04)
 
 
 def test_zeros_wake_up_and_codes_change(task: Task, file: Path, tmp_path: Path) -> None:

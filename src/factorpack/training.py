@@ -12,7 +12,7 @@ import pickle
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -26,6 +26,7 @@ from factorpack.devices import accelerator_for, of_main
 from factorpack.errors import BudgetError, TaskError, UnsupportedError
 from factorpack.nn.averages import Averages
 from factorpack.nn.control import RateController
+from factorpack.nn.distillation import temperature_for
 from factorpack.nn.freezing import Freezing, limit_at
 from factorpack.nn.lessons import Course, batches_in, exchanged, hold_out, to_measure_on
 from factorpack.nn.loading import identity, place_dense
@@ -128,7 +129,7 @@ class Run:
         self.size = options.size or bill.size_bytes
         held = hold_out(lessons.training)
         objective = Objective(
-            lessons.output, lessons.loss, options.distil, options.compare, options.features, options.orthogonality
+            lessons.output, lessons.loss, options.distil, options.compare, 1.0, options.features, options.orthogonality
         )
         compressed = trainable_of(copy_of(self.model), contents)
         learner = Learner(compressed, copy_of(self.model), objective)
@@ -146,6 +147,8 @@ class Run:
         if options.epochs is not None:
             self.steps = math.ceil(options.epochs * batches_in(lessons.training) / processes)
         self.layout = self._layout()
+        if objective.way == "divergence":
+            learner.objective = replace(objective, temperature=self._temperature())
         self.norms = Norms(compressed, partial(self._call_lessons, 1))
         self.averages, self.freezing = Averages(compressed), Freezing(compressed)
         self.state = State()
@@ -187,6 +190,18 @@ class Run:
             return part
         moved = part.to(self.accelerator.device, non_blocking=True)
         return moved.contiguous(memory_format=layout) if part.ndim == 4 and part.is_floating_point() else moved
+
+    @torch.no_grad()
+    def _temperature(self) -> float:
+        """The temperature at which logits are compared, by what the original says of what is held out."""
+        distilled = [batch for batch, targets in self.course.held.lessons if self.learner.objective.share(targets)]
+        batches = (self._moved(batch, self.layout) for batch in distilled)
+        found = temperature_for(call_model(self.learner.original, batch) for batch in batches)
+        # All processes do what the main one does.
+        temperature: float = of_main(self.accelerator, torch.tensor(found, device=self.accelerator.device)).item()
+        if temperature > 1:
+            self.note(f"the original is sure of its lessons: logits are compared at a temperature of {temperature:.2g}")
+        return temperature
 
     def _call_lessons(self, sample: int) -> None:
         """Calls the network in training on a sample of lessons that moments are measured on."""
@@ -442,7 +457,8 @@ class Run:
     def _key_of_run(self) -> str:
         """Of what a state belongs to."""
         options = {name: value for name, value in asdict(self.options).items() if name not in ("resume", "device")}
-        told = json.dumps([options, self.lessons.output, self.accelerator.num_processes], sort_keys=True)
+        compared = [self.learner.objective.way, self.learner.objective.temperature]
+        told = json.dumps([options, compared, self.accelerator.num_processes], sort_keys=True)
         return sha256(told.encode() + self.file.read_bytes()).hexdigest()
 
     def _keep(self) -> None:

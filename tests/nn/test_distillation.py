@@ -13,6 +13,7 @@ from factorpack.nn.distillation import (
     features_loss,
     logits_loss,
     squares_loss,
+    temperature_for,
     watched,
 )
 
@@ -23,6 +24,28 @@ def test_logits_are_compared_by_their_divergence() -> None:
     wanted = np.mean(entropy(softmax(expected, -1), softmax(found, -1), axis=-1))
     assert logits_loss(torch.tensor(found), torch.tensor(expected)).item() == pytest.approx(wanted, rel=1e-5)
     assert logits_loss(torch.tensor(found) + 3, torch.tensor(found)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_divergence_at_a_temperature_is_that_of_softer_distributions() -> None:
+    rng = np.random.default_rng(0)
+    found, expected = rng.normal(size=(2, 6, 7)) * 10
+    wanted = 9 * np.mean(entropy(softmax(expected / 3, -1), softmax(found / 3, -1), axis=-1))
+    assert logits_loss(torch.tensor(found), torch.tensor(expected), 3.0).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_temperature_is_the_highest_at_which_the_original_is_sure() -> None:
+    rng = np.random.default_rng(0)
+    logits = 10 * rng.normal(size=(2, 50, 10))
+
+    def top(temperature: float) -> float:
+        return float(softmax(logits / temperature, -1).max(-1).mean())
+
+    found = temperature_for([torch.tensor(batch) for batch in logits])
+    assert 1 < found < 4
+    assert top(found) >= 0.8 > top(found * 2 ** (1 / 8))
+    assert temperature_for([torch.tensor(batch) for batch in 100 * logits]) == 4
+    assert temperature_for([torch.tensor(batch) for batch in logits / 10]) == 1
+    assert temperature_for([]) == 1
 
 
 def test_logits_can_be_compared_by_their_squares() -> None:

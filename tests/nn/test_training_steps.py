@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from factorpack.factors import IDENTITY_GRID, Basis, Codes, FactoredWeight, Grid
-from factorpack.nn.distillation import LOSSES
+from factorpack.nn.distillation import LOSSES, logits_loss
 from factorpack.nn.trainable import TrainableModel
 from factorpack.nn.training import (
     FURTHER,
@@ -59,6 +59,16 @@ def test_what_is_minimised_follows_the_rule(loss, distil, targets, share: float,
         if share < 1:
             wanted = wanted + (1 - share) * cross_entropy(found, targets)
         torch.testing.assert_close(learner(TOKENS, targets), wanted)
+
+
+@pytest.mark.parametrize("compare", ["auto", "divergence", "squares"])
+def test_the_temperature_is_that_of_divergences(compare: str) -> None:
+    model, _ = network()
+    plain, soft = (Learner(model, Tied().eval(), Objective("logits", compare=compare, temperature=t)) for t in (1, 3))
+    with torch.no_grad():
+        found, expected = model(TOKENS), Tied().eval()(TOKENS)
+        wanted = plain(TOKENS, None) if compare == "squares" else logits_loss(found, expected, 3.0)
+        torch.testing.assert_close(soft(TOKENS, None), wanted)
 
 
 def test_what_blocks_give_out_counts_in_distillation() -> None:

@@ -3,7 +3,7 @@
 Letters: N samples, C classes, E embedding dimensions.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,14 +18,33 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """Of what a network returns and what is expected of it."""
 
 
-def logits_loss(found: Tensor, expected: Tensor) -> Tensor:
+def logits_loss(found: Tensor, expected: Tensor, temperature: float = 1.0) -> Tensor:
     """The Kullback-Leibler divergence from the distributions of the original's logits, in nats a prediction.
 
-    Both (..., C); the mean over all leading axes (Hinton, Vinyals & Dean 2015, at temperature 1).
+    Both (..., C); the mean over all leading axes. Logits are divided by the temperature before and the divergence is
+    multiplied by its square after, so that gradients stay as large (Hinton, Vinyals & Dean 2015).
     """
     classes = found.shape[-1]
-    logs, wanted = (logits.float().reshape(-1, classes).log_softmax(-1) for logits in (found, expected))
-    return F.kl_div(logs, wanted, log_target=True, reduction="batchmean")
+    logs, wanted = ((logits.float().reshape(-1, classes) / temperature).log_softmax(-1) for logits in (found, expected))
+    return temperature**2 * F.kl_div(logs, wanted, log_target=True, reduction="batchmean")
+
+
+SURE = 0.8
+TEMPERATURES = [2 ** (eighth / 8) for eighth in range(17)]
+
+
+def temperature_for(logits: Iterable[Tensor]) -> float:
+    """The temperature to compare a network at whose logits, batch by batch (..., C), are these: from 1 to 4.
+
+    The highest of `TEMPERATURES` at which the largest probability of a prediction is at least `SURE` in the mean, and
+    1 where it never is. The gradient of a divergence is p − q, next to nothing where both are sure; networks are sure
+    of most of what they were trained on, and hardly any of it would teach (docs/log.md).
+    """
+    tops = [torch.stack([(batch.float() / by).softmax(-1).amax(-1).mean() for by in TEMPERATURES]) for batch in logits]
+    if not tops:
+        return 1.0
+    means = torch.stack(tops).mean(0).tolist()
+    return max((by for by, mean in zip(TEMPERATURES, means, strict=True) if mean >= SURE), default=1.0)
 
 
 def squares_loss(found: Tensor, expected: Tensor) -> Tensor:

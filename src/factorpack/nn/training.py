@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from factorpack.nn.distillation import LOSSES, SUITED, Loss, blocks, features_loss, watched
+from factorpack.nn.distillation import LOSSES, SUITED, Loss, blocks, features_loss, logits_loss, watched
 from factorpack.nn.lessons import mask_of
 from factorpack.nn.statistics import call_model
 from factorpack.nn.trainable import TrainableModel, TrainableVector, TrainableWeight
@@ -45,16 +45,22 @@ class Objective:
 
     `distil` is the share of distillation; None leaves it to the data: with targets and a loss that loss alone,
     without either distillation alone. `output` ("logits" or "embedding") is what the network returns, `compare` how
-    that is compared (`LOSSES`; "auto": `SUITED`), `features` the weight of what blocks give out beside that, and
-    `orthogonality` that of squared cosines between columns of a basis.
+    that is compared (`LOSSES`; "auto": `SUITED`), by divergence at `temperature`; `features` is the weight of what
+    blocks give out beside that, and `orthogonality` that of squared cosines between columns of a basis.
     """
 
     output: str = "logits"
     loss: Loss | None = None
     distil: float | None = None
     compare: str = "auto"
+    temperature: float = 1.0
     features: float = 0.0
     orthogonality: float = 0.0
+
+    @property
+    def way(self) -> str:
+        """The name in `LOSSES` of how outputs are compared."""
+        return SUITED[self.output] if self.compare == "auto" else self.compare
 
     def share(self, targets: Any) -> float:
         """The share of distillation for a batch with these targets."""
@@ -93,8 +99,10 @@ class Learner(nn.Module):
             expected = call_model(self.original, batch)
         with watched(blocks(network) if features else []) as given:
             found = call_model(model, batch)
-        compare = SUITED[objective.output] if objective.compare == "auto" else objective.compare
-        loss = share * LOSSES[compare](found, expected)
+        if objective.way == "divergence":
+            loss = share * logits_loss(found, expected, objective.temperature)
+        else:
+            loss = share * LOSSES[objective.way](found, expected)
         if given:
             loss = loss + share * features * features_loss(given, wanted, mask_of(batch))
         if share < 1:
