@@ -129,7 +129,7 @@ class Run:
         self.size = options.size or bill.size_bytes
         held = hold_out(lessons.training)
         objective = Objective(
-            lessons.output, lessons.loss, options.distil, options.compare, 1.0, options.features, options.orthogonality
+            lessons.output, lessons.loss, options.distil, options.compare, options.features, options.orthogonality
         )
         compressed = trainable_of(copy_of(self.model), contents)
         learner = Learner(compressed, copy_of(self.model), objective)

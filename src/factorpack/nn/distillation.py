@@ -25,7 +25,9 @@ def logits_loss(found: Tensor, expected: Tensor, temperature: float = 1.0) -> Te
     multiplied by its square after, so that gradients stay as large (Hinton, Vinyals & Dean 2015).
     """
     classes = found.shape[-1]
-    logs, wanted = ((logits.float().reshape(-1, classes) / temperature).log_softmax(-1) for logits in (found, expected))
+    rows = (logits.float().reshape(-1, classes) for logits in (found, expected))
+    # Not divided by one: of a language model that is a pass over its largest tensor.
+    logs, wanted = ((row if temperature == 1 else row / temperature).log_softmax(-1) for row in rows)
     return temperature**2 * F.kl_div(logs, wanted, log_target=True, reduction="batchmean")
 
 
@@ -40,7 +42,10 @@ def temperature_for(logits: Iterable[Tensor]) -> float:
     1 where it never is. The gradient of a divergence is p − q, next to nothing where both are sure; networks are sure
     of most of what they were trained on, and hardly any of it would teach (docs/log.md).
     """
-    tops = [torch.stack([(batch.float() / by).softmax(-1).amax(-1).mean() for by in TEMPERATURES]) for batch in logits]
+    tops = []
+    for batch in logits:
+        wide = batch.float()
+        tops.append(torch.stack([(wide / by).softmax(-1).amax(-1).mean() for by in TEMPERATURES]))
     if not tops:
         return 1.0
     means = torch.stack(tops).mean(0).tolist()

@@ -53,9 +53,9 @@ class Objective:
     loss: Loss | None = None
     distil: float | None = None
     compare: str = "auto"
-    temperature: float = 1.0
     features: float = 0.0
     orthogonality: float = 0.0
+    temperature: float = 1.0
 
     @property
     def way(self) -> str:
